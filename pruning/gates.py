@@ -1,0 +1,89 @@
+"""Which layers run: the stack of blocks, the gates that choose among its layers, and the decision they reach."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pruning.patterns import candidate_masks, check_groups
+
+INITIAL_LOGIT = 0.02
+
+
+class BlockStack(nn.ModuleList):
+    """The blocks of a transformer, run in order; learning, scoring, surgery and distillation all act here."""
+
+    def forward(self, x, *context, mask=None, kept=None, observe=None):
+        """Run the blocks on tokens x (N, T, D).
+
+        mask: (N, L) of 0/1, blends each block with the identity, per sample. kept: layers to run, others are skipped.
+        observe: called as observe(layer, tokens_before, tokens_after) behind every block that runs.
+        """
+        for layer, block in enumerate(self):
+            if kept is not None and layer not in kept:
+                continue
+            out = block(x, *context)
+            if mask is not None:
+                # This form returns x or block(x) exactly for 0 and 1; x + m * (block(x) - x) would not.
+                m = mask[:, layer].to(out.dtype).view(-1, *[1] * (x.ndim - 1))
+                out = out * m + x * (1 - m)
+            if observe is not None:
+                observe(layer, x, out)
+            x = out
+        return x
+
+
+class LayerGates(nn.ParameterList):
+    """One logit per candidate of every N:M group, sampled by a straight-through Gumbel-softmax (paper, section 3.3).
+
+    Parameter g has shape (1, candidates). `tau` and `scaling` are set from outside, as functions of the step.
+    """
+
+    def __init__(self, groups, depth):
+        check_groups(groups, depth)
+        tables = [candidate_masks(n, m) for n, m in groups]
+        super().__init__(nn.Parameter(torch.full((1, len(table)), INITIAL_LOGIT, device="cpu")) for table in tables)
+        self.groups = [tuple(group) for group in groups]
+        self.tau, self.scaling = 1.0, 1.0
+        for g, table in enumerate(tables):
+            self.register_buffer(f"candidates_{g}", table, persistent=False)
+
+    def draw_gumbel(self, n):
+        """Gumbel noise, one (n, candidates) tensor per group."""
+        return [-torch.empty(n, p.shape[1], dtype=p.dtype, device=p.device).exponential_().log() for p in self]
+
+    def draw(self, n, gumbel=None):
+        """Draw one candidate per group for each of n samples: mask (n, L), exactly 0/1, with the softmax's gradient."""
+        masks = []
+        for g, noise in enumerate(gumbel or self.draw_gumbel(n)):
+            table = self.get_buffer(f"candidates_{g}")
+            with torch.autocast(table.device.type, enabled=False):
+                soft = ((self[g] * self.scaling + noise) / self.tau).softmax(-1)
+                masks.append(table[soft.argmax(-1)] + (soft - soft.detach()) @ table)
+        return torch.cat(masks, dim=1)
+
+
+class Decision(NamedTuple):
+    """Layers that stay, ascending, and for every group the probability of the chosen candidate."""
+
+    kept: list
+    confidence: list
+
+
+@torch.no_grad()
+def decide(model):
+    """Read the decision of a gated network, or of its (averaged) LayerGates: the best candidate, first one on ties."""
+    gates = getattr(model, "gumbel_gates", model)
+    kept, confidence, start = [], [], 0
+    for g, (_, m) in enumerate(gates.groups):
+        candidate = gates.get_buffer(f"candidates_{g}")[gates[g][0].argmax()]
+        kept += [start + i for i, keep in enumerate(candidate.tolist()) if keep]
+        confidence.append((gates[g][0] * gates.scaling).softmax(-1).max().item())
+        start += m
+    return Decision(kept, confidence)
+
+
+def interpolate(value_range, step, total_steps):
+    """Value at `step` (from 0) on the line from value_range[0] to value_range[1] over all steps; never beyond its end."""
+    first, last = value_range
+    return first + (last - first) * min(step / max(total_steps - 1, 1), 1.0)

@@ -1,0 +1,54 @@
+"""LoRA: the cheap weight update that stands for the later fine-tuning while gates are learnt (paper, section 3.3)."""
+
+import math
+
+from torch import nn
+from torch.nn import functional as F
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + (alpha / rank) B A x with W and b frozen; B starts at zero. Keys: weight, bias, lora_a, lora_b."""
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype, "bias": False}
+        self.lora_a = nn.Linear(linear.in_features, rank, **like)
+        self.lora_b = nn.Linear(rank, linear.out_features, **like)
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_b(self.lora_a(x))
+
+
+def add_lora(model, rank, alpha=None):
+    """Freeze `model` except its gates, give every nn.Linear an adapter (alpha = 2 * rank), return the adapters' weights."""
+    if rank < 1:
+        raise ValueError(f"LoRA rank {rank}: at least 1 is needed")
+    model.requires_grad_(False)
+    if hasattr(model, "gumbel_gates"):
+        model.gumbel_gates.requires_grad_(True)
+    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    adapters = []
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        adapted = LoRALinear(linear, rank, 2 * rank if alpha is None else alpha)
+        setattr(model.get_submodule(parent), child, adapted)
+        adapters += [adapted.lora_a.weight, adapted.lora_b.weight]
+    return adapters
+
+
+def weight_update(model, delta_w, lora_rank=None):
+    """The parameters that stand for fine-tuning: adapters, all weights (`delta_w` alone) or none; the rest is frozen."""
+    if delta_w and lora_rank is not None:
+        return add_lora(model, lora_rank)
+    gates = {id(p) for p in model.gumbel_gates}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gates]
+    if delta_w:
+        return weights
+    for weight in weights:
+        weight.requires_grad_(False)
+    return []

@@ -1,0 +1,77 @@
+"""N:M patterns: groups of M consecutive layers of which N stay (paper, section 3.2)."""
+
+import math
+import re
+from itertools import combinations
+
+import torch
+
+MAX_CANDIDATES = 1_000_000
+
+
+def parse_pattern(text, depth=None):
+    """Read "2:4x3,1:2" into groups [[2, 4], [2, 4], [2, 4], [1, 2]].
+
+    With `depth`, a single "N:M" is repeated until it covers that many layers, and the groups are checked.
+    Raises ValueError for anything that is not such a list.
+    """
+    groups = []
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", part)
+        if not match:
+            raise ValueError(f"{text!r} is not a pattern: expected N:M groups such as 2:4,3:4 or 2:4x3,1:2")
+        groups += [[int(match[1]), int(match[2])]] * int(match[3] or 1)
+    if depth and len(groups) == 1 and "x" not in text:
+        groups *= max(1, depth // max(1, groups[0][1]))
+    check_groups(groups, depth)
+    return groups
+
+
+def format_pattern(groups):
+    """The shortest text that `parse_pattern` reads back: [[2, 4], [2, 4], [1, 2]] -> "2:4x2,1:2"."""
+    runs = []
+    for group in map(tuple, groups):
+        if runs and runs[-1][0] == group:
+            runs[-1][1] += 1
+        else:
+            runs.append([group, 1])
+    return ",".join(f"{n}:{m}" + (f"x{count}" if count > 1 else "") for (n, m), count in runs)
+
+
+def check_groups(groups, depth=None):
+    """Raise ValueError unless 1 <= N <= M in every group and the groups cover exactly `depth` layers."""
+    for n, m in groups:
+        if not 1 <= n <= m:
+            raise ValueError(f"group {n}:{m}: a group N:M keeps N of M layers, so 1 <= N <= M is needed")
+        if math.comb(m, n) > MAX_CANDIDATES:
+            raise ValueError(f"group {n}:{m} has {math.comb(m, n):,} candidates: split it into smaller groups")
+    covered = sum(m for _, m in groups)
+    if not groups or (depth is not None and covered != depth):
+        raise ValueError(f"pattern {format_pattern(groups)} covers {covered} layers, but there are {depth}")
+
+
+def candidate_masks(n, m):
+    """All ways to keep n of m layers: (candidates, m) of 0/1 in the order of `itertools.combinations`."""
+    table = torch.zeros(math.comb(m, n), m, device="cpu")
+    kept = torch.tensor(list(combinations(range(m), n)), device="cpu")
+    return table.scatter_(1, kept, 1.0)
+
+
+def group_ends(groups):
+    """Last layer of every group, counted in the pruned and in the full network: ([...], [...])."""
+    student, teacher, pairs = -1, -1, ([], [])
+    for n, m in groups:
+        student, teacher = student + n, teacher + m
+        pairs[0].append(student)
+        pairs[1].append(teacher)
+    return pairs
+
+
+def bk_sdm_layers(groups):
+    """BK-SDM's fixed scheme: the first N layers of each group in the first half, the last N in the second half."""
+    depth, start, kept = sum(m for _, m in groups), 0, []
+    for n, m in groups:
+        first = start if start < depth / 2 else start + m - n
+        kept += range(first, first + n)
+        start += m
+    return kept
