@@ -35,7 +35,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (N,) -> (N, D). With label dropout there is one extra row, the null label, numbered `num_classes`."""
+    """Class labels (N,) -> (N, D). With dropout there is one extra row, the null label `num_classes`."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -43,7 +43,7 @@ class LabelEmbedder(nn.Module):
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
     def draw_drop(self, n, device):
-        """Which of n labels become null: (n,) bool in training mode, None (nothing is dropped, nothing drawn) otherwise."""
+        """Which of n labels become null: (n,) bool in training mode, otherwise None, and nothing is drawn."""
         if not (self.training and self.dropout_prob > 0):
             return None
         return torch.rand(n, device=device) < self.dropout_prob

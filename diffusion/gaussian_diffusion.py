@@ -198,7 +198,7 @@ class GaussianDiffusion(nn.Module):
         return torch.cat([mean.detach(), values], dim=1)
 
     def _bound(self, out, x_start, x_t, t, goal=None):
-        """One term of the variational bound in bits: KL from `goal` (default: the true posterior); likelihood at t = 0."""
+        """One term of the bound in bits: KL from `goal` (default: the true posterior), likelihood at t = 0."""
         if goal is None:
             mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
             goal = mean, log_variance
@@ -214,7 +214,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def variational_bound(self, model, x_start, clip_denoised=True, model_kwargs=None, step_noise=None):
-        """The whole bound in bits per dimension: total_bpd, prior_bpd (N,); vb, xstart_mse, mse (N, steps), noisiest first."""
+        """Whole bound in bits per dimension: total_bpd, prior_bpd (N,); vb, xstart_mse, mse (N, steps), last first."""
         rows = {"vb": [], "xstart_mse": [], "mse": []}
         for k, step in enumerate(reversed(range(self.num_timesteps))):
             t = torch.full((len(x_start),), step, device=x_start.device)

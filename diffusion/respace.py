@@ -13,8 +13,8 @@ def _ddim_stride(num_timesteps, count):
 def space_timesteps(num_timesteps, section_counts):
     """The set of original steps to use.
 
-    section_counts: "ddimN" (N steps at the smallest whole stride, from 0), or counts, as a list or "10,15,20": the chain
-    is cut into that many equal sections (earlier ones take the remainder) with so many steps from each.
+    section_counts: "ddimN" (N steps at the smallest whole stride, from 0), or counts, as a list or "10,15,20": the
+    chain is cut into that many equal sections (earlier ones take the remainder) with so many steps from each.
     Raises ValueError if a section is shorter than its count, or no stride gives N steps.
     """
     if isinstance(section_counts, str):

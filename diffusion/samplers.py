@@ -1,10 +1,11 @@
 """From a network, labels and noise to latents: guided sampling with a Gaussian diffusion."""
 
 import torch
+from torch import nn
 
 
 def guided(net, cfg_scale, cfg_channels=3):
-    """A model (x, t, y) -> output with classifier-free guidance on the first `cfg_channels` channels; plain for scale <= 1."""
+    """A model (x, t, y) -> output, guided on the first `cfg_channels` channels if cfg_scale > 1."""
 
     def model(x, t, y):
         if cfg_scale <= 1:
@@ -18,15 +19,16 @@ def guided(net, cfg_scale, cfg_channels=3):
     return model
 
 
-class GaussianSampler:
+class GaussianSampler(nn.Module):
     """DiT's samplers: "ddpm" (ancestral) and "ddim", without clipping, over a respaced chain."""
 
     def __init__(self, diffusion, method="ddpm", cfg_scale=1.0, cfg_channels=3):
+        super().__init__()
         self.diffusion = diffusion
         self.loop = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[method]
         self.cfg_scale, self.cfg_channels = cfg_scale, cfg_channels
 
-    def __call__(self, net, y, noise, step_noise=None, progress=False):
+    def forward(self, net, y, noise, step_noise=None, progress=False):
         """Labels y (N,) and start noise (N, C, H, W) -> latents (N, C, H, W); step_noise(k) as for `trajectory`."""
         return self.loop(
             guided(net, self.cfg_scale, self.cfg_channels),

@@ -14,7 +14,7 @@ def layer_pairs(student_depth, teacher_depth, groups=None):
     if groups is None:
         if teacher_depth % student_depth:
             raise ValueError(
-                f"a student of {student_depth} layers and a teacher of {teacher_depth} do not pair up evenly: give the pattern"
+                f"{student_depth} student and {teacher_depth} teacher layers do not pair up evenly: give the pattern"
             )
         groups = [[1, teacher_depth // student_depth]] * student_depth
     check_groups(groups, teacher_depth)

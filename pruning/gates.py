@@ -84,6 +84,6 @@ def decide(model):
 
 
 def interpolate(value_range, step, total_steps):
-    """Value at `step` (from 0) on the line from value_range[0] to value_range[1] over all steps; never beyond its end."""
+    """Value at `step` (from 0) on the line from value_range[0] to value_range[1] over all steps, never beyond."""
     first, last = value_range
     return first + (last - first) * min(step / max(total_steps - 1, 1), 1.0)

@@ -25,7 +25,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, alpha=None):
-    """Freeze `model` except its gates, give every nn.Linear an adapter (alpha = 2 * rank), return the adapters' weights."""
+    """Freeze `model` but its gates, adapt every nn.Linear (alpha = 2 * rank), return the adapters' weights."""
     if rank < 1:
         raise ValueError(f"LoRA rank {rank}: at least 1 is needed")
     model.requires_grad_(False)
@@ -42,7 +42,7 @@ def add_lora(model, rank, alpha=None):
 
 
 def weight_update(model, delta_w, lora_rank=None):
-    """The parameters that stand for fine-tuning: adapters, all weights (`delta_w` alone) or none; the rest is frozen."""
+    """The parameters that stand for fine-tuning: adapters, all weights (`delta_w` alone) or none; freezes the rest."""
     if delta_w and lora_rank is not None:
         return add_lora(model, lora_rank)
     gates = {id(p) for p in model.gumbel_gates}

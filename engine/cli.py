@@ -1,0 +1,170 @@
+"""Command lines: every shared flag in one table, checks of what users give, and the way a script is started."""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from engine.distributed import is_main, shutdown
+from engine.errors import InputError, RunError
+from families import model_config
+
+
+def flag_type(convert):
+    """Let argparse show the message of a ValueError raised by `convert`."""
+
+    def checked(text):
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def number(convert, low, high=None):
+    """A converter for numbers from `low` to `high`, both included."""
+
+    def checked(text):
+        value = convert(text)
+        if not (value >= low and (high is None or value <= high)):
+            raise ValueError(f"{text}: expected {low}{' or more' if high is None else f' to {high}'}")
+        return value
+
+    return flag_type(checked)
+
+
+def model_name(text):
+    model_config(text)
+    return text
+
+
+def integer_list(text):
+    """[0, 2, 4] or 0,2,4 -> list of int."""
+    try:
+        return [int(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of integers such as [0, 2, 4]") from None
+
+
+count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+
+FLAGS = {
+    "--model": dict(
+        type=flag_type(model_name), default="DiT-XL/2", help="network: a registered name, or e.g. DiT-D16/2"
+    ),
+    "--image-size": dict(type=count, default=256, help="height and width of the images, in pixels"),
+    "--num-classes": dict(type=count, default=1000, help="number of classes; the null class has this number"),
+    "--vae": dict(default="ema", help="autoencoder: ema or mse (hub), a local folder, or none to work on pixels"),
+    "--device": dict(default="auto", help="auto (GPU if there is one), cpu, cuda or cuda:N"),
+    "--precision": dict(choices=("fp32", "bf16", "fp16"), help="arithmetic of the network (default: see README)"),
+    "--data-path": dict(required=True, help="folder of encoded latents (from extract_features.py)"),
+    "--results-dir": dict(default="outputs", help="parent folder of run folders"),
+    "--prefix": dict(default="", help="first part of the run folder's name, PREFIX-MODEL"),
+    "--epochs": dict(type=count, default=1400, help="passes over the data"),
+    "--global-batch-size": dict(type=count, default=256, help="images per step over all processes"),
+    "--global-seed": dict(type=number(int, 0), default=0, help="seed of initial weights, data order and noise"),
+    "--num-workers": dict(type=number(int, 0), default=4, help="loader processes per training process"),
+    "--log-every": dict(type=count, default=100, help="steps between log lines"),
+    "--ckpt-every": dict(type=count, default=10000, help="steps between checkpoints"),
+    "--resume": dict(help="training state to continue from (default: the newest in the run folder)"),
+    "--load-weight": dict(help="weights to start from"),
+    "--ema-decay": dict(type=share, default=0.9999, help="decay per step of the averaged copy"),
+    "--mirror": dict(type=share, default=0.5, help="probability of taking the mirrored picture"),
+    "--lr": dict(type=amount, default=2e-4, help="learning rate of the first step"),
+    "--min-lr": dict(type=amount, default=1e-4, help="learning rate at the end of the cosine"),
+    "--clip-norm": dict(type=amount, default=1.0, help="largest gradient norm, over all parameters"),
+    "--ckpt": dict(help="weights, or the name of a published file, which is fetched if absent"),
+    "--save-model": dict(help="file for the pruned weights (.pt or .safetensors)"),
+    "--cfg-scale": dict(type=amount, default=4.0, help="guidance scale; up to 1 means no guidance"),
+    "--cfg-channels": dict(type=count, default=3, help="number of output channels, from the first, that are guided"),
+    "--num-sampling-steps": dict(type=count, default=250, help="steps of the sampler"),
+    "--sampler": dict(choices=("ddpm", "ddim"), default="ddpm", help="ancestral sampling or DDIM"),
+    "--seed": dict(type=number(int, 0), default=0, help="seed of noise and random choices"),
+    "--preview": dict(action="store_true", help="also sample a grid from the pruned network, as <save-model>.png"),
+    "--no-ema": dict(
+        action="store_true", help="take the plain weights of a training checkpoint, not the averaged ones"
+    ),
+}
+
+PRUNING_FLAGS = (
+    "model vae image-size num-classes cfg-scale cfg-channels num-sampling-steps sampler seed ckpt no-ema save-model "
+    "preview device"
+)
+
+
+def make_parser(doc, flags, **changes):
+    """A parser with the named rows of FLAGS; `changes` replaces defaults, e.g. epochs=100 (None: as in the table)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in flags.split():
+        row = dict(FLAGS[f"--{name}"])
+        dest = name.replace("-", "_")
+        if dest in changes:
+            row["default"] = changes.pop(dest)
+            row.pop("required", None)
+        if row.get("default") not in (None, ""):
+            row["help"] += f" (default: {row['default']})"
+        parser.add_argument(f"--{name}", **row)
+    assert not changes, changes
+    return parser
+
+
+def add_unused(parser, **flags):
+    """Flags of the original that nothing ever read: accepted, and reported by `report_unused`."""
+    for dest, row in flags.items():
+        parser.add_argument("--" + dest.replace("_", "-"), **row, help="accepted for compatibility; has no effect")
+    parser.set_defaults(unused=list(flags))
+
+
+def parse(parser, argv, read_facts):
+    """Parse twice: what the files named on the command line tell becomes the default of the flags not given."""
+    args = parser.parse_args(argv)
+    parser.set_defaults(**read_facts(args))
+    return parser.parse_args(argv)
+
+
+def report_unused(args, argv=None):
+    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for dest in args.unused:
+        flag = "--" + dest.replace("_", "-")
+        if flag in given and is_main():
+            print(f"note: {flag} has no effect", file=sys.stderr)
+
+
+def check_writable(flag, path):
+    """Raise InputError unless a file can be made at `path`; makes nothing that stays."""
+    path = Path(path)
+    if path.is_dir() or not path.name:
+        raise InputError(f"{flag} {path}: is a folder; name a file in it")
+    check_folder(flag, path.absolute().parent)
+
+
+def check_folder(flag, path):
+    """Raise InputError unless the folder `path` exists or can be made, and can be written to."""
+    nearest = Path(path).absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); give another path") from None
+
+
+def check_file(flag, path):
+    """Raise InputError unless `path` is an existing file."""
+    if not os.path.isfile(path):
+        raise InputError(f"{flag} {path}: no such file; expected a file of weights")
+
+
+def launch(main, parse_args):
+    """Run a script: messages instead of tracebacks for what users can mend, and an orderly end of all processes."""
+    try:
+        main(parse_args())
+    except (InputError, RunError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        shutdown()

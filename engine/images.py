@@ -1,0 +1,102 @@
+"""Pictures: folders of them, cropping, tensors in [-1, 1] to files and back, and packing into .npz."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.checkpoint import write_atomically
+from engine.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def list_images(folder, flag="--data-path"):
+    """Images in one subfolder per class: ([paths], [class numbers], [class names]), all in sorted order."""
+    folder = Path(folder)
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise InputError(
+            f"{flag} {folder}: no images; expected one subfolder per class with {', '.join(SUFFIXES)} files"
+        )
+    return paths, labels, classes
+
+
+def center_crop(image, size):
+    """Shrink a PIL image (box filter by halves, then bicubic) and cut out its centre: size x size pixels."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_image(path, size):
+    """One picture as a tensor (3, size, size) in [-1, 1]. Raises OSError or SyntaxError for a corrupt file."""
+    with Image.open(path) as image:
+        pixels = np.asarray(center_crop(image.convert("RGB"), size))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Tensor (N, 3, H, W) in [-1, 1] -> array (N, H, W, 3) uint8, clamped and truncated as in the published sampler."""
+    pixels = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_image(path, pixels):
+    """Write one (H, W, 3) uint8 array; nobody sees half a file."""
+    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+
+
+def save_grid(path, images, columns=4, gap=2):
+    """Write tensors (N, 3, H, W) in [-1, 1] as one picture, `columns` per row."""
+    pixels = to_uint8(images)
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * (height + gap) + gap, min(n, columns) * (width + gap) + gap, 3), np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = picture
+    save_image(path, sheet)
+
+
+def numbered_images(folder):
+    """The pictures of a folder in the order of the numbers in their names."""
+    found = [f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    return sorted(found, key=lambda f: ([int(part) for part in re.findall(r"\d+", f.stem)], f.name))
+
+
+def pack_npz(path, files, flag):
+    """Write pictures as `arr_0` (N, H, W, 3) uint8, in the given order, one at a time in memory.
+
+    Raises InputError if there is none or their sizes differ.
+    """
+    if not files:
+        raise InputError(f"{flag}: no images to pack")
+    with Image.open(files[0]) as first:
+        width, height = first.size
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
+
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for file in files:
+                with Image.open(file) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                if pixels.shape != (height, width, 3):
+                    raise InputError(f"{flag}: {file} is {pixels.shape[1]}x{pixels.shape[0]}, not {width}x{height}")
+                member.write(pixels.tobytes())
+
+    write_atomically(path, write)
+    return os.fspath(path)

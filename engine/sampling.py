@@ -1,0 +1,98 @@
+"""Pictures by index: label and noise of image i are functions of the seed and i, whoever makes it."""
+
+import numpy as np
+import torch
+
+from engine.checkpoint import build_network, check_fit, fetch, save_weights, told_by_weights
+from engine.errors import InputError, blame
+from engine.images import save_grid
+from engine.vae import check_vae, latent_size, load_codec
+from families import depth_name, describe_weights, family_of
+
+
+class ImageDraws:
+    """The random draws of a batch of images, in this order for each: label, start noise, noise of every step.
+
+    Drawn on the CPU by one generator per image, so that they depend neither on the batch nor on the device.
+    """
+
+    def __init__(self, seed, indices, shape, device):
+        seeds = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
+        self.generators = [torch.Generator().manual_seed(int(s) & (2**63 - 1)) for s in seeds]
+        self.shape, self.device = shape, device
+
+    def labels(self, num_classes):
+        """Random labels (N,)."""
+        drawn = [torch.randint(num_classes, (), generator=g) for g in self.generators]
+        return torch.stack(drawn).to(self.device)
+
+    def noise(self, step=None):
+        """The next standard normal tensor (N, *shape); `step` is ignored, so this serves as `step_noise`."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+@torch.inference_mode()
+def sample_images(run, net, sampler, codec, draws, labels, progress=False):
+    """Pictures (N, 3, H, W) in [-1, 1] for labels (N,)."""
+    with run.autocast():
+        latents = sampler(net, labels, draws.noise(), draws.noise, progress)
+    return codec.decode(latents)
+
+
+def find_ckpt(args):
+    """Path of the weights to sample from: --ckpt, fetched if it is a published file, or the family's own release."""
+    family = family_of(args.model)
+    return fetch(args.ckpt or family.default_release.format(image_size=args.image_size), "--ckpt", family)
+
+
+def told_by_ckpt(args):
+    """Settings for `engine.cli.parse` that the weights of --ckpt tell."""
+    check_vae(args.vae, family_of(args.model).latents)
+    return told_by_weights(find_ckpt(args), "--ckpt", prefer_ema=not args.no_ema)
+
+
+def load_for_sampling(run, args, state, path):
+    """(network, codec, sampler, latent shape) for checked weights and the flags of a sampling script."""
+    latents = family_of(args.model).latents
+    size = latent_size(args, latents)
+    check_vae(args.vae, latents)
+    with blame("--ckpt", path):
+        shapes = describe_weights(state)
+    config = {"input_size": size, "num_classes": args.num_classes}
+    config |= {name: shapes[name] for name in ("in_channels", "learn_sigma")}
+    check_fit(state, "--ckpt", path, args.model, **config)
+    codec = load_codec(args.vae, latents, run.device)
+    if codec.channels != config["in_channels"]:
+        raise InputError(
+            f"--vae {args.vae}: has {codec.channels} channels, but --ckpt {path} works on {config['in_channels']}; "
+            "take the autoencoder it was trained with"
+        )
+    net = build_network(args.model, state, run.device, **config).eval()
+    return net, codec, family_of(args.model).sampler(args).to(run.device), (config["in_channels"], size, size)
+
+
+def sample_grid(run, args, state, path, labels, output):
+    """Sample one picture per label and write them as a grid, four per row."""
+    net, codec, sampler, shape = load_for_sampling(run, args, state, path)
+    draws = ImageDraws(run.seed, range(len(labels)), shape, run.device)
+    labels = torch.tensor(labels, device=run.device)
+    save_grid(output, sample_images(run, net, sampler, codec, draws, labels, progress=run.is_main))
+    run.print(f"wrote {output}")
+
+
+def save_pruned(run, args, state, **facts):
+    """Write pruned weights to --save-model with their facts; with --preview also a grid sampled from them."""
+    depth, args.model = describe_weights(state)["depth"], depth_name(args.model, describe_weights(state)["depth"])
+    facts |= {"model": args.model, "num_classes": args.num_classes, "vae": args.vae}
+    save_weights(args.save_model, state, **facts)
+    run.print(f"saved {args.save_model}: {depth} layers, {sum(v.numel() for v in state.values()):,} parameters")
+    if getattr(args, "preview", False):
+        sample_grid(run, args, state, args.save_model, preview_labels(args.num_classes), f"{args.save_model}.png")
+
+
+def preview_labels(num_classes):
+    """Eight labels to look at: the customary ImageNet classes if there are that many, else spread over all classes."""
+    customary = [207, 360, 387, 974, 88, 979, 417, 279]
+    if num_classes > max(customary):
+        return customary
+    return [i * num_classes // 8 for i in range(8)]

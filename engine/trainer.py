@@ -1,0 +1,209 @@
+"""The loop that all training scripts share; what differs between them is the step they train."""
+
+import copy
+import math
+import resource
+import time
+from datetime import timedelta
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from engine.checkpoint import build_network, check_fit, read_facts, read_file, read_weights, save_state
+from engine.data import latent_loader
+from engine.distributed import all_reduce
+from engine.errors import InputError, RunError
+from engine.run import seed_everything
+from families import create_model, model_config
+
+
+def cosine_schedule(lr, min_lr, total_steps):
+    """Learning rate as a function of the step: from `lr` at step 0 along a cosine to `min_lr` at `total_steps`."""
+    return lambda step: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
+
+
+def start_network(args, config, name=None, path=None, flag="--load-weight", option="--model"):
+    """Check the weights to start from, before anything runs: (device -> network, facts to record with its weights).
+
+    Without a file the network starts from its initial weights. `config`: constructor arguments from the data.
+    Raises InputError if the file does not fit, or if the model is gated but `config` has no groups.
+    """
+    name, path = (name, path) if name else (args.model, args.load_weight)
+    if "groups" in model_config(name) and "groups" not in config:
+        raise InputError(f"{option} {name}: has gates; take a plain name, or prune_by_learning.py to learn them")
+    facts = {"model": name, "num_classes": args.num_classes, "vae": args.vae, "source": path}
+    facts |= {key: value for key, value in (read_facts(path) if path else {}).items() if key in ("kept", "pattern")}
+    if not path:
+        return lambda device: create_model(name, **config).to(device), facts
+    state = read_weights(path, flag)
+    check_fit(state, flag, path, name, option, **config)
+    return lambda device: build_network(name, state, device, **config), facts
+
+
+class Ema:
+    """Averaged copy of a module, over the parameters that are trained; the others stay as they are."""
+
+    def __init__(self, module, decay):
+        self.decay, self.module = decay, copy.deepcopy(module).requires_grad_(False).eval()
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        self.live = [p for name, p in module.named_parameters() if name in trained]
+        self.averages = [p for name, p in self.module.named_parameters() if name in trained]
+
+    @torch.no_grad()
+    def update(self):
+        torch._foreach_mul_(self.averages, self.decay)
+        torch._foreach_add_(self.averages, self.live, alpha=1 - self.decay)
+
+
+class Trainer:
+    """Optimizes `step.net` on the losses that `step(x, y)` returns.
+
+    groups: parameter groups of AdamW, each with `params` and `lr`. averaged: the module to keep an averaged copy of.
+    schedule: step -> learning rate of all groups; None keeps each group's own. facts: to record with the checkpoints.
+    """
+
+    def __init__(self, run, step, groups, averaged, ema_decay, clip_norm=1.0, schedule=None, facts=None):
+        self.run, self.step, self.net = run, step, step.net
+        self.params = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+        self.ema, self.clip_norm, self.schedule = Ema(averaged, ema_decay), clip_norm, schedule
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+        self.wrapped, self.steps, self.facts = step, 0, facts or {}
+        if run.world > 1:
+            self.wrapped = DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def train_step(self, x, y):
+        """One optimizer step on a batch; returns the per-sample loss terms (N,), detached."""
+        if self.schedule:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.schedule(self.steps)
+        with self.run.autocast():
+            terms = self.wrapped(x, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(terms["loss"].mean()).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update()
+        self.steps += 1
+        return {name: term.detach() for name, term in terms.items()}
+
+    def fit(self, dataset, args, total_steps, before_step=None, report=None):
+        """Train to `total_steps`, from where the run folder's newest state stands; save at the end.
+
+        before_step(step) sets what changes with the step. report(step) -> (lines, metrics) adds to every log entry.
+        Raises RunError on all processes when a loss is not finite.
+        """
+        self.resume()
+        meter = Meter(self.run, total_steps, args.global_batch_size)
+        self._log(meter, report)
+        loader = latent_loader(dataset, args, self.run, range(self.steps, total_steps))
+        bar = tqdm(total=total_steps, initial=self.steps, disable=not self.run.is_main, desc=args.model, leave=False)
+        for x, y in loader:
+            x, y = (tensor.to(self.run.device, non_blocking=True) for tensor in (x, y))
+            if before_step:
+                before_step(self.steps)
+            # All draws of a step, here and inside the network, are functions of (seed, step, rank).
+            seed_everything(args.global_seed, self.steps, self.run.rank)
+            meter.add(self.train_step(x, y), self.steps)
+            bar.update()
+            if self.steps % args.log_every == 0 or self.steps == total_steps:
+                self._log(meter, report)
+            if self.steps % args.ckpt_every == 0 or self.steps == total_steps:
+                meter.check_finite()
+                self.save()
+        bar.close()
+
+    def _log(self, meter, report):
+        lr = self.schedule(self.steps) if self.schedule else self.optimizer.param_groups[-1]["lr"]
+        row = meter.flush(self.steps, lr, float(getattr(self, "grad_norm", 0.0)))
+        lines, metrics = report(self.steps) if report else ([], {})
+        for line in lines:
+            self.run.log(line)
+        if row or metrics:
+            self.run.write_metrics({"step": self.steps, **(row or {}), **metrics})
+
+    def save(self):
+        """Write the training state to <folder>/checkpoints/<step, 7 digits>.pt; its `ema` can be sampled from."""
+        if not self.run.is_main:
+            return
+        state = {
+            "model": self.net.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "train_steps": self.steps,
+            "args": self.run.config,
+        }
+        path = self.run.folder / "checkpoints" / f"{self.steps:07d}.pt"
+        save_state(path, state, **self.facts)
+        self.run.log(f"saved {path}")
+
+    def resume(self):
+        """Continue from --resume or the newest state of the run folder, if there is one."""
+        path = self.run.newest_state()
+        if path is None:
+            return
+        state = read_file(path, "--resume")
+        try:
+            self.net.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["opt"])
+            self.scaler.load_state_dict(state.get("scaler", {}))
+            self.steps = state["train_steps"]
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"--resume {path}: no training state of this model ({reason}); take another file"
+            ) from None
+        self.run.drop_metrics_after(self.steps)
+        self.run.log(f"resumed from {path} at step {self.steps}")
+
+
+class Meter:
+    """Means of the loss terms over a log interval and all processes, kept on the device until they are shown."""
+
+    def __init__(self, run, total_steps, batch):
+        self.run, self.total_steps, self.batch = run, total_steps, batch
+        self.sums, self.count, self.start = {}, 0, time.monotonic()
+        self.first_bad = torch.tensor(float("inf"), device=run.device)
+
+    def add(self, terms, step):
+        for name, term in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + term.float().mean()
+        bad = torch.isfinite(terms["loss"].sum()).logical_not()
+        self.first_bad = torch.where(bad & (self.first_bad > step), float(step), self.first_bad)
+        self.count += 1
+
+    def check_finite(self):
+        step = all_reduce(self.first_bad.clone(), "min").item()
+        if math.isfinite(step):
+            raise RunError(f"the loss is not finite at step {int(step)}; lower --lr or take --precision bf16 or fp32")
+
+    def flush(self, step, lr, grad_norm):
+        """Log one line and return its numbers; None before the first step. Raises RunError if a loss was not finite."""
+        if not self.count:
+            return None
+        self.check_finite()
+        means = all_reduce(torch.stack(list(self.sums.values()))) / (self.count * self.run.world)
+        row = dict(zip(self.sums, means.tolist(), strict=True))
+        seconds = time.monotonic() - self.start
+        rate = self.count / seconds
+        left = timedelta(seconds=round((self.total_steps - step) / rate))
+        losses = " ".join(f"{name} {value:.4f}" for name, value in row.items())
+        self.run.log(
+            f"step {step}/{self.total_steps}  {losses}  grad {grad_norm:.3f}  lr {lr:.3g}  "
+            f"{rate * self.batch:.1f} images/s  {peak_memory(self.run.device):.2f} GB  left {left}"
+        )
+        row |= {"lr": lr, "grad_norm": grad_norm, "images_per_second": rate * self.batch}
+        self.sums, self.count, self.start = {}, 0, time.monotonic()
+        return row
+
+
+def peak_memory(device):
+    """Largest memory so far of this process, in GB: of the GPU if it runs on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

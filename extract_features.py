@@ -1,0 +1,118 @@
+"""Encode a folder of images, one subfolder per class, into the latents that all training scripts read.
+
+torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path imagenet/train --features-path features
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.cli import add_unused, check_folder, count, launch, make_parser, report_unused
+from engine.data import CORRUPT, DONE, PENDING, LatentStore
+from engine.distributed import barrier
+from engine.errors import InputError, RunError
+from engine.images import list_images, load_image
+from engine.run import Run
+from engine.sampling import ImageDraws
+from engine.vae import check_vae, latent_size, load_codec
+from families import family_of
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__, "data-path model image-size num-classes global-seed vae num-workers device")
+    parser.add_argument("--features-path", default="features", help="folder for the latents (default: features)")
+    parser.add_argument("--batch-size", type=count, default=8, help="images encoded together with their mirrors")
+    add_unused(
+        parser,
+        results_dir={"default": "results"},
+        epochs={"type": int, "default": 1400},
+        global_batch_size={"type": int, "default": 256},
+        log_every={"type": int, "default": 100},
+        ckpt_every={"type": int, "default": 50000},
+    )
+    return parser.parse_args(argv)
+
+
+def open_store(args, run, labels, classes, codec):
+    """The store to write to: made by the main process, opened by all. Raises InputError if it holds something else."""
+    size = latent_size(args, family_of(args.model).latents)
+    metadata = {
+        "images": len(labels),
+        "shape": [codec.channels, size, size],
+        "num_classes": len(classes),
+        "classes": classes,
+        "image_size": args.image_size,
+        "vae": args.vae,
+        "scale": getattr(codec, "scale", 1.0),
+        "seed": args.global_seed,
+    }
+    if run.is_main:
+        LatentStore.create(args.features_path, labels, metadata)
+    barrier()
+    store = LatentStore(args.features_path, "r+")
+    different = [name for name, value in metadata.items() if store.metadata.get(name) != value]
+    if different or store.labels.tolist() != labels:
+        what = different[0] if different else "labels"
+        raise InputError(
+            f"--features-path {args.features_path}: holds latents of other data ({what} differ); take another"
+        )
+    return store
+
+
+def read_batch(pool, run, paths, images, size):
+    """Pictures that can be read: their numbers, and a tensor (n, 3, size, size)."""
+
+    def read(i):
+        try:
+            return load_image(paths[i], size)
+        except (OSError, SyntaxError, ValueError) as error:
+            tqdm.write(f"corrupt image {paths[i]}: {error}")
+            return None
+
+    pictures = dict(zip(images, pool.map(read, images), strict=True))
+    good = [i for i in images if pictures[i] is not None]
+    return good, torch.stack([pictures[i] for i in good]) if good else None
+
+
+def main(args):
+    report_unused(args)
+    paths, labels, classes = list_images(args.data_path)
+    if len(classes) > args.num_classes:
+        raise InputError(f"--num-classes {args.num_classes}: --data-path {args.data_path} has {len(classes)} classes")
+    latents = family_of(args.model).latents
+    latent_size(args, latents)
+    check_vae(args.vae, latents)
+    check_folder("--features-path", args.features_path)
+    run = Run(args)
+    codec = load_codec(args.vae, latents, run.device)
+    store = open_store(args, run, labels, classes, codec)
+
+    # Batches are the same for any number of processes, and so is the noise of each image: so are the latents.
+    batches = [range(i, min(i + args.batch_size, len(paths))) for i in range(0, len(paths), args.batch_size)]
+    mine = [batch for batch in batches[run.rank :: run.world] if (store.status[batch] != DONE).any()]
+    with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
+        for batch in tqdm(mine, desc="encoding batches", disable=not run.is_main):
+            good, pictures = read_batch(pool, run, paths, batch, args.image_size)
+            store.status[[i for i in batch if i not in good]] = CORRUPT
+            if not good:
+                continue
+            draws = ImageDraws(run.seed, good, codec.noise_shape(args.image_size), run.device)
+            for version, picture in enumerate((pictures, pictures.flip(-1))):
+                encoded = codec.encode(picture.to(run.device), draws.noise())
+                store.features[good, version] = encoded.float().cpu().numpy()
+            store.status[good] = DONE
+    store.features.flush()
+    store.status.flush()
+    barrier()
+    corrupt = np.flatnonzero(store.status == CORRUPT)
+    assert not (store.status == PENDING).any()
+    run.print(f"{len(paths) - len(corrupt)} of {len(paths)} images encoded in {args.features_path}")
+    if len(corrupt):
+        names = ", ".join(str(paths[i]) for i in corrupt[:10])
+        raise RunError(f"{len(corrupt)} corrupt image(s), left out: {names}{' ...' * (len(corrupt) > 10)}")
+
+
+if __name__ == "__main__":
+    launch(main, parse_args)

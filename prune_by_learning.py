@@ -1,0 +1,109 @@
+r"""Learn which layers to keep, then cut the others out of the original weights.
+
+torchrun --nnodes=1 --nproc_per_node=8 prune_by_learning.py --model DiT-XL-1-2 \
+    --load-weight pretrained/DiT-XL-2-256x256.pt --data-path features --epochs 1 --global-batch-size 128 \
+    --delta-w --lora --save-model pruned.pt
+"""
+
+import os
+
+from diffusion.objectives import TrainStep
+from engine.checkpoint import read_weights
+from engine.cli import amount, check_folder, check_writable, count, launch, make_parser, parse
+from engine.data import open_latents, told_by_latents
+from engine.distributed import barrier
+from engine.errors import InputError, blame
+from engine.run import Run, run_folder
+from engine.sampling import save_pruned
+from engine.trainer import Trainer, start_network
+from families import family_of, model_config
+from pruning.gates import decide, interpolate
+from pruning.lora import weight_update
+from pruning.patterns import format_pattern, parse_pattern
+from pruning.surgery import keep_layers
+
+
+def parse_args(argv=None):
+    parser = make_parser(
+        __doc__,
+        "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
+        "log-every ckpt-every resume load-weight prefix ema-decay save-model clip-norm mirror precision device",
+        data_path="data/imagenet/train",
+        prefix="learn_mask",
+        ema_decay=0.999,
+    )
+    parser.add_argument(
+        "--pattern", help="N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2 (default: the model name's)"
+    )
+    parser.add_argument("--delta-w", action="store_true", help="learn a weight update along with the gates")
+    parser.add_argument("--lora", action="store_true", help="with --delta-w: by LoRA on every linear layer")
+    parser.add_argument("--lora-rank", type=count, default=8, help="rank of LoRA; its alpha is twice the rank")
+    parser.add_argument("--lr", type=amount, default=1e-4, help="learning rate of the weight update")
+    parser.add_argument("--gate-lr", type=amount, default=1e-3, help="learning rate of the gates")
+    parser.add_argument("--tau-range", type=float, nargs="+", default=[4, 0.1], help="first and last temperature")
+    parser.add_argument("--scaling-range", type=float, nargs="+", default=[100.0, 100.0], help="first and last scaling")
+    args = parse(parser, argv, lambda args: told_by_latents(args.data_path))
+    for flag, values in (("--tau-range", args.tau_range), ("--scaling-range", args.scaling_range)):
+        if len(values) != 2 or min(values) <= 0:
+            parser.error(f"{flag} {values}: expected two numbers above 0, the first and the last value")
+    return args
+
+
+def choose_groups(args):
+    config = model_config(args.model)
+    if args.pattern is None and "groups" not in config:
+        raise InputError(f"--model {args.model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
+    with blame("--pattern", args.pattern):
+        return parse_pattern(args.pattern or format_pattern(config["groups"]), config["depth"])
+
+
+def main(args):
+    if not args.load_weight:
+        raise InputError("--load-weight: missing; give the weights out of which the kept layers are cut")
+    groups = choose_groups(args)
+    args.save_model = args.save_model or os.path.join(run_folder(args), "pruned.pt")
+    check_writable("--save-model", args.save_model)
+    check_folder("--results-dir", args.results_dir)
+    dataset, config = open_latents(args)
+    net, facts = start_network(args, {**config, "groups": groups})
+
+    run = Run(args, default_precision="bf16")
+    run.open_folder()
+    net = net(run.device)
+    gates = net.gumbel_gates
+    weights = weight_update(net, args.delta_w, args.lora_rank if args.lora else None)
+    run.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
+    step = TrainStep(net, family_of(args.model).objective(args)).to(run.device)
+    trainer = Trainer(
+        run,
+        step,
+        [{"params": weights, "lr": args.lr}, {"params": list(gates), "lr": args.gate_lr}],
+        averaged=gates,
+        ema_decay=args.ema_decay,
+        clip_norm=args.clip_norm,
+        facts=facts,
+    )
+    total_steps = args.epochs * (len(dataset) // args.global_batch_size)
+
+    def before_step(k):
+        gates.tau = interpolate(args.tau_range, k, total_steps)
+        gates.scaling = trainer.ema.module.scaling = interpolate(args.scaling_range, k, total_steps)
+
+    def report(k):
+        kept, confidence = decide(trainer.ema.module)
+        metrics = {"kept": kept, "confidence": confidence, "tau": gates.tau, "scaling": gates.scaling}
+        return [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"], metrics
+
+    trainer.fit(dataset, args, total_steps, before_step, report)
+    kept, confidence = decide(trainer.ema.module)
+    run.log(f"[!] Final Decision: {kept}")
+    run.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
+    if run.is_main:
+        pruned = keep_layers(read_weights(args.load_weight, "--load-weight"), kept)
+        facts = {"source": args.load_weight, "kept": kept, "pattern": format_pattern(groups), "confidence": confidence}
+        save_pruned(run, args, pruned, **facts)
+    barrier()
+
+
+if __name__ == "__main__":
+    launch(main, parse_args)

@@ -1,0 +1,99 @@
+r"""Recover a pruned network by Masked KD: distil outputs and hidden states, leaving out extreme activations.
+
+torchrun --nnodes=1 --nproc_per_node=8 train_masked_kd.py --model DiT-D14/2 --load-weight pruned.pt \
+    --data-path features --epochs 100 --teacher DiT-XL/2 --load-teacher pretrained/DiT-XL-2-256x256.pt
+"""
+
+from engine.checkpoint import told_by_weights
+from engine.cli import (
+    add_unused,
+    amount,
+    check_folder,
+    flag_type,
+    launch,
+    make_parser,
+    model_name,
+    parse,
+    report_unused,
+)
+from engine.cli import share as share_type
+from engine.data import open_latents, told_by_latents
+from engine.errors import InputError, blame
+from engine.run import Run
+from engine.trainer import Trainer, cosine_schedule, start_network
+from families import family_of, model_config
+from pruning.distillation import DistillStep, feature_weight, layer_pairs
+from pruning.patterns import parse_pattern
+
+
+def parse_args(argv=None):
+    parser = make_parser(
+        __doc__,
+        "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
+        "log-every ckpt-every resume load-weight prefix ema-decay lr min-lr clip-norm mirror precision device",
+        num_workers=8,
+    )
+    parser.add_argument("--teacher", type=flag_type(model_name), default="DiT-XL/2", help="network of the teacher")
+    parser.add_argument("--load-teacher", help="weights of the teacher")
+    parser.add_argument("--pattern", help="N:M groups that pair the layers, e.g. 2:4x7 (default: see README)")
+    parser.add_argument(
+        "--alpha", type=share_type, default=0.9, help="weight of output distillation; the loss gets the rest"
+    )
+    parser.add_argument("--beta", type=amount, default=1e-2, help="weight of the feature loss in the first epoch")
+    parser.add_argument(
+        "--mask-threshold", type=amount, default=2.0, help="extreme: beyond so many standard deviations"
+    )
+    add_unused(parser, strong_aug={"action": "store_true"})
+    return parse(
+        parser,
+        argv,
+        lambda args: told_by_weights(args.load_weight, "--load-weight") | told_by_latents(args.data_path),
+    )
+
+
+def pair_layers(args, facts):
+    """Pairs by --pattern; else evenly; else by the pattern recorded with the weights or known of the release."""
+    student, teacher = model_config(args.model)["depth"], model_config(args.teacher)["depth"]
+    recorded = facts.get("pattern") or family_of(args.model).patterns.get(args.model)
+    text = args.pattern or (recorded if teacher % student else None)
+    with blame("--pattern", text or f"for --model {args.model} and --teacher {args.teacher}"):
+        return layer_pairs(student, teacher, parse_pattern(text, teacher) if text else None)
+
+
+def main(args):
+    report_unused(args)
+    check_folder("--results-dir", args.results_dir)
+    if not args.load_teacher:
+        raise InputError("--load-teacher: missing; give the weights of the network to learn from")
+    dataset, config = open_latents(args)
+    net, facts = start_network(args, config)
+    pairs = pair_layers(args, facts)
+    teacher, _ = start_network(args, config, args.teacher, args.load_teacher, "--load-teacher", "--teacher")
+
+    run = Run(args, default_precision="fp16")
+    run.open_folder()
+    net = net(run.device)
+    objective = family_of(args.model).objective(args)
+    step = DistillStep(net, teacher(run.device), objective, pairs, args.alpha, args.beta, args.mask_threshold)
+    steps_per_epoch = len(dataset) // args.global_batch_size
+    total_steps = args.epochs * steps_per_epoch
+    trainer = Trainer(
+        run,
+        step.to(run.device),
+        [{"params": [p for p in net.parameters() if p.requires_grad]}],
+        averaged=net,
+        ema_decay=args.ema_decay,
+        clip_norm=args.clip_norm,
+        schedule=cosine_schedule(args.lr, args.min_lr, total_steps),
+        facts=facts,
+    )
+
+    def before_step(k):
+        step.beta = feature_weight(args.beta, k // steps_per_epoch, args.epochs)
+
+    run.log(f"layer pairs (student, teacher): {pairs}")
+    trainer.fit(dataset, args, total_steps, before_step, lambda k: ([], {"beta": step.beta}))
+
+
+if __name__ == "__main__":
+    launch(main, parse_args)
