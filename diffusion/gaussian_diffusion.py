@@ -189,7 +189,7 @@ class GaussianDiffusion(nn.Module):
             return {"kd_loss": mse}
         goal = self.interpret(teacher.detach(), x_t, t)
         frozen = self.interpret(self._freeze_mean(student, x_t), x_t, t)
-        vb_kd = self._bound(frozen, x_start, x_t, t, (goal["mean"], goal["log_variance"]))
+        vb_kd = self._bound(frozen, x_start, x_t, t, (goal["mean"], goal["log_variance"])) * self.vb_weight
         return {"kd_loss": mse + vb_kd, "vb_kd": vb_kd}
 
     @staticmethod

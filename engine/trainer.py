@@ -1,6 +1,7 @@
 """The loop that all training scripts share; what differs between them is the step they train."""
 
 import copy
+import inspect
 import math
 import resource
 import time
@@ -71,7 +72,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.wrapped, self.steps, self.facts = step, 0, facts or {}
         if run.world > 1:
-            self.wrapped = DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # Buffers are tables that never change. The flag that says so was renamed in torch 2.14.
+            known = inspect.signature(DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True, **{buffers: False})
 
     def train_step(self, x, y):
         """One optimizer step on a batch; returns the per-sample loss terms (N,), detached."""
