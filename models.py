@@ -196,7 +196,7 @@ SIZES = {
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "T": {"depth": 12, "hidden_size": 64, "num_heads": 4},  # tiny: for tests and the digits walkthrough
+    "T": {"depth": 12, "hidden_size": 96, "num_heads": 4},  # tiny: for tests and the digits walkthrough
 }
 GATED = {  # name -> size, depth, groups
     "DiT-XL-1-2": ("XL", 28, [[1, 2]] * 14),

@@ -10,7 +10,7 @@ import os
 from diffusion.objectives import TrainStep
 from engine.checkpoint import read_weights
 from engine.cli import amount, check_folder, check_writable, count, launch, make_parser, parse
-from engine.data import open_latents, told_by_latents
+from engine.data import open_latents, told_by_inputs
 from engine.distributed import barrier
 from engine.errors import InputError, blame
 from engine.run import Run, run_folder
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--gate-lr", type=amount, default=1e-3, help="learning rate of the gates")
     parser.add_argument("--tau-range", type=float, nargs="+", default=[4, 0.1], help="first and last temperature")
     parser.add_argument("--scaling-range", type=float, nargs="+", default=[100.0, 100.0], help="first and last scaling")
-    args = parse(parser, argv, lambda args: told_by_latents(args.data_path))
+    args = parse(parser, argv, told_by_inputs)
     for flag, values in (("--tau-range", args.tau_range), ("--scaling-range", args.scaling_range)):
         if len(values) != 2 or min(values) <= 0:
             parser.error(f"{flag} {values}: expected two numbers above 0, the first and the last value")

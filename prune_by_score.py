@@ -29,7 +29,7 @@ def parse_args(argv=None):
         action="store_true",
         help="the original's calibration: no noise, and steps below --num-sampling-steps, unmapped",
     )
-    return parse(parser, argv, lambda args: told_by_ckpt(args) | told_by_latents(args.data_path))
+    return parse(parser, argv, lambda args: told_by_latents(args.data_path, told_by_ckpt(args)))
 
 
 @torch.inference_mode()

@@ -109,7 +109,11 @@ def main(args):
     barrier()
     if run.is_main:
         files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
-        run.print(f"wrote {pack_npz(f'{folder}.npz', files, '--sample-dir')}")
+        shape = (1,)  # labels are drawn before the noise, so its shape does not matter
+        labels = [
+            ImageDraws(args.global_seed, [i], shape, "cpu").labels(args.num_classes).item() for i in range(len(files))
+        ]
+        run.print(f"wrote {pack_npz(f'{folder}.npz', files, '--sample-dir', labels)}")
     barrier()
 
 

@@ -5,9 +5,8 @@ torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-D14/2 --load-weight 
 """
 
 from diffusion.objectives import TrainStep
-from engine.checkpoint import told_by_weights
 from engine.cli import add_unused, check_folder, launch, make_parser, parse, report_unused
-from engine.data import open_latents, told_by_latents
+from engine.data import open_latents, told_by_inputs
 from engine.run import Run
 from engine.trainer import Trainer, cosine_schedule, start_network
 from families import family_of
@@ -20,11 +19,7 @@ def parse_args(argv=None):
         "log-every ckpt-every resume load-weight prefix ema-decay lr min-lr clip-norm mirror precision device",
     )
     add_unused(parser, strict={"action": "store_true"})
-    return parse(
-        parser,
-        argv,
-        lambda args: told_by_weights(args.load_weight, "--load-weight") | told_by_latents(args.data_path),
-    )
+    return parse(parser, argv, told_by_inputs)
 
 
 def main(args):

@@ -4,7 +4,6 @@ torchrun --nnodes=1 --nproc_per_node=8 train_masked_kd.py --model DiT-D14/2 --lo
     --data-path features --epochs 100 --teacher DiT-XL/2 --load-teacher pretrained/DiT-XL-2-256x256.pt
 """
 
-from engine.checkpoint import told_by_weights
 from engine.cli import (
     add_unused,
     amount,
@@ -17,7 +16,7 @@ from engine.cli import (
     report_unused,
 )
 from engine.cli import share as share_type
-from engine.data import open_latents, told_by_latents
+from engine.data import open_latents, told_by_inputs
 from engine.errors import InputError, blame
 from engine.run import Run
 from engine.trainer import Trainer, cosine_schedule, start_network
@@ -44,11 +43,7 @@ def parse_args(argv=None):
         "--mask-threshold", type=amount, default=2.0, help="extreme: beyond so many standard deviations"
     )
     add_unused(parser, strong_aug={"action": "store_true"})
-    return parse(
-        parser,
-        argv,
-        lambda args: told_by_weights(args.load_weight, "--load-weight") | told_by_latents(args.data_path),
-    )
+    return parse(parser, argv, told_by_inputs)
 
 
 def pair_layers(args, facts):

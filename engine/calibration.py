@@ -17,9 +17,8 @@ def calibration_batches(args, device, shapes):
     """
     rng = np.random.default_rng(args.seed)
     n = args.nsamples // args.batch_size * args.batch_size
-    is_encoded = told_by_latents(args.data_path) or not _has_images(args.data_path)
-    source = _encoded(args, shapes) if is_encoded else _pictures(args, device)
-    total, read = source
+    from_images = not told_by_latents(args.data_path) and _has_images(args.data_path)
+    total, read = _pictures(args, device) if from_images else _encoded(args, shapes)
     if total < n:
         raise InputError(f"--nsamples {args.nsamples}: --data-path {args.data_path} has {total} images; take fewer")
     order = rng.permutation(total)[:n].reshape(-1, args.batch_size)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from engine.checkpoint import write_atomically
+from engine.checkpoint import told_by_weights, write_atomically
 from engine.distributed import world_size
 from engine.errors import InputError
 from engine.vae import latent_size
@@ -106,13 +106,24 @@ def _open_published(folder):
     return {"shape": list(shape)}, np.arange(len(names)), labels, read
 
 
-def told_by_latents(folder):
-    """Settings that the metadata of encoded latents tell: image_size, num_classes, vae."""
+def told_by_latents(folder, told=None):
+    """Settings that encoded latents tell (image_size, num_classes, vae), joined to what the weights told.
+
+    The latents know best how they were made; the weights, how many classes there are: data may hold only some of them.
+    """
+    told = dict(told or {})
     try:
         metadata = json.loads((Path(folder) / "metadata.json").read_text())
-        return {name: metadata[name] for name in ("image_size", "num_classes", "vae")}
+        told |= {name: metadata[name] for name in ("image_size", "vae")}
+        told.setdefault("num_classes", metadata["num_classes"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # the original's layout tells nothing; a damaged file is reported when the latents are opened
+        pass  # the original's layout tells nothing; a damaged file is reported when the latents are opened
+    return told
+
+
+def told_by_inputs(args):
+    """Settings for `engine.cli.parse` that --data-path and --load-weight tell."""
+    return told_by_latents(args.data_path, told_by_weights(args.load_weight, "--load-weight"))
 
 
 def check_latents(dataset, args, size):

@@ -77,8 +77,8 @@ def numbered_images(folder):
     return sorted(found, key=lambda f: ([int(part) for part in re.findall(r"\d+", f.stem)], f.name))
 
 
-def pack_npz(path, files, flag):
-    """Write pictures as `arr_0` (N, H, W, 3) uint8, in the given order, one at a time in memory.
+def pack_npz(path, files, flag, labels=None):
+    """Write pictures as `arr_0` (N, H, W, 3) uint8, in the given order, one at a time in memory; labels as `arr_1`.
 
     Raises InputError if there is none or their sizes differ.
     """
@@ -89,14 +89,21 @@ def pack_npz(path, files, flag):
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
 
     def write(temporary):
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for file in files:
-                with Image.open(file) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-                if pixels.shape != (height, width, 3):
-                    raise InputError(f"{flag}: {file} is {pixels.shape[1]}x{pixels.shape[0]}, not {width}x{height}")
-                member.write(pixels.tobytes())
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for file in files:
+                    member.write(read_pixels(file).tobytes())
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, np.asarray(labels))
+
+    def read_pixels(file):
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        if pixels.shape != (height, width, 3):
+            raise InputError(f"{flag}: {file} is {pixels.shape[1]}x{pixels.shape[0]}, not {width}x{height}")
+        return pixels
 
     write_atomically(path, write)
     return os.fspath(path)

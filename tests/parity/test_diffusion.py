@@ -11,8 +11,8 @@ from diffusion.schedules import raw_beta_schedule
 
 from .golden import TERMS, Golden, precisions, recorded_network, stream
 
-SCHEDULE, RESPACING = Golden("diffusion_schedule.npz"), Golden("diffusion_respacing.npz")
-VARIANTS = Golden("diffusion_math.npz").meta["variants"]
+SCHEDULE, RESPACING, MATH = (Golden(f"diffusion_{part}.npz") for part in ("schedule", "respacing", "math"))
+VARIANTS = MATH.meta["variants"]
 KINDS = {"EPSILON": "noise", "START_X": "x_start", "LEARNED_RANGE": "learned_range", "MSE": "mse"}
 
 
@@ -21,29 +21,27 @@ def assert_table(z, key, value):
     np.testing.assert_allclose(value, z.arrays[key], rtol=1e-12, atol=0, err_msg=f"{z.name}: {key}")
 
 
-def test_default_process():
-    meta, diffusion = SCHEDULE.meta, create_diffusion()
-    assert diffusion.num_timesteps == meta["num_timesteps"], f"{SCHEDULE.name}: num_timesteps"
-    for attribute, key in (("loss", "loss_type"), ("mean", "mean_type"), ("variance", "var_type")):
-        assert getattr(diffusion, attribute) == KINDS[meta[key]], f"{SCHEDULE.name}: {key}"
-
-
-@pytest.mark.parametrize("key", [k for k in SCHEDULE.arrays if k != "meta" and ":" not in k])
-def test_derived_table(key):
-    assert_table(SCHEDULE, key, create_diffusion().get_buffer(key).numpy())
-
-
-@pytest.mark.parametrize("key", SCHEDULE.keys("named:"))
-def test_named_schedule(key):
-    name, steps = key.split(":")
-    assert_table(SCHEDULE, f"named:{key}", beta_schedule(name, int(steps)))
-
-
-@pytest.mark.parametrize("key", SCHEDULE.keys("raw:"))
-def test_raw_schedule(key):
-    name, steps = key.split(":")
+def schedule(key):
+    """A table by its recorded name: of the default process, of a schedule by name, or between two given values."""
+    if ":" not in key:
+        return create_diffusion().get_buffer(key).numpy()
+    kind, name, steps = key.split(":")
+    if kind == "named":
+        return beta_schedule(name, int(steps))
     ends = SCHEDULE.arrays[f"raw:linear:{steps}"]
-    assert_table(SCHEDULE, f"raw:{key}", raw_beta_schedule(name, ends[0], ends[-1], int(steps)))
+    return raw_beta_schedule(name, ends[0], ends[-1], int(steps))
+
+
+def test_default_process():
+    diffusion, meta = create_diffusion(), SCHEDULE.meta
+    found = [diffusion.num_timesteps, diffusion.loss, diffusion.mean, diffusion.variance]
+    expected = [meta["num_timesteps"], *(KINDS[meta[key]] for key in ("loss_type", "mean_type", "var_type"))]
+    assert found == expected, f"{SCHEDULE.name}: meta"
+
+
+@pytest.mark.parametrize("key", [key for key in SCHEDULE.arrays if key != "meta"])
+def test_schedule(key):
+    assert_table(SCHEDULE, key, schedule(key))
 
 
 @pytest.mark.parametrize("case", RESPACING.meta["specs"], ids=lambda case: case["spec"] or "all")
@@ -68,10 +66,9 @@ def test_section_counts_as_list(key):
 def test_respacing_edge_case(case, facts):
     steps, spec = case.split("|")
     if facts["ok"]:
-        found, what = sorted(space_timesteps(int(steps), spec)), f"{RESPACING.name}: {case}"
-        assert len(found) == facts["n"], what
-        assert found[: len(facts["first"])] == facts["first"], what
-        assert found[-len(facts["last"]) :] == facts["last"], what
+        found, first, last = sorted(space_timesteps(int(steps), spec)), facts["first"], facts["last"]
+        found = [len(found), found[: len(first)], found[-len(last) :]]
+        assert found == [facts["n"], first, last], f"{RESPACING.name}: {case}"
     else:
         assert facts["error"] == "ValueError", f"{RESPACING.name}: {case}"
         with pytest.raises(ValueError, match=r"respacing|stride"):
@@ -80,36 +77,29 @@ def test_respacing_edge_case(case, facts):
 
 def load(variant, dtype):
     """A setting without a network: file, process, t, x_t, and the model output cut to what the setting predicts."""
-    z, diffusion = Golden("diffusion_math.npz", dtype), create_diffusion(**VARIANTS[variant])
+    z, diffusion = Golden(MATH.name, dtype), create_diffusion(**VARIANTS[variant])
     t, output = z[f"{variant}.t"], z["model_output"]
     if diffusion.variance != "learned_range":
         output = output[:, : z["x_start"].shape[1]]
     return z, diffusion, t, diffusion.q_sample(z["x_start"], t, z["noise"]), output
 
 
-def tolerance(key):
-    return "clipped" if key.endswith("pred_xstart_clip") else "loss"
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @precisions
 def test_posterior_and_prediction(variant, dtype):
     z, diffusion, t, x_t, output = load(variant, dtype)
-    found = {"q_sample": x_t}
-    found |= zip(("q_mean", "q_variance", "q_log_variance"), diffusion.q_mean_variance(z["x_start"], t), strict=True)
-    posterior = diffusion.q_posterior_mean_variance(z["x_start"], x_t, t)
-    posterior_names = ("q_posterior_mean", "q_posterior_variance", "q_posterior_log_variance_clipped")
-    found |= zip(posterior_names, posterior, strict=True)
-    for clip in (True, False):
-        out = diffusion.p_mean_variance(lambda x, t: output, x_t, t, clip_denoised=clip)
-        suffix = "clip" if clip else "noclip"
-        found |= {f"p_mean_{suffix}": out["mean"], f"p_pred_xstart_{suffix}": out["pred_xstart"]}
-        found |= {"p_variance": out["variance"], "p_log_variance": out["log_variance"]}
-    recorded = [key for key in z.keys(f"{variant}.") if key.startswith(("q_", "p_"))]
-    assert recorded, f"{z.name}: {variant}.*"
-    for key in recorded:
-        value, shape = found[key], z.arrays[f"{variant}.{key}"].shape
-        z.check(f"{variant}.{key}", value.expand(shape) if key.startswith("q_") else value, tolerance(key))
+    forward, posterior = (("mean", "variance", "log_variance"), ("mean", "variance", "log_variance_clipped"))
+    found = dict(zip((f"q_{name}" for name in forward), diffusion.q_mean_variance(z["x_start"], t), strict=True))
+    values = diffusion.q_posterior_mean_variance(z["x_start"], x_t, t)
+    found |= zip((f"q_posterior_{name}" for name in posterior), values, strict=True)
+    for suffix in ("clip", "noclip"):
+        out = diffusion.p_mean_variance(lambda x, t: output, x_t, t, clip_denoised=suffix == "clip")
+        found |= {f"p_{name}_{suffix}": out[name] for name in ("mean", "pred_xstart")}
+        found |= {"q_sample": x_t, "p_variance": out["variance"], "p_log_variance": out["log_variance"]}
+    for key in (key for key in z.keys(f"{variant}.") if key.startswith(("q_", "p_"))):
+        shape = z.arrays[f"{variant}.{key}"].shape  # recorded as expanded where ours broadcasts
+        value = found[key].expand(shape) if key.startswith("q_") else found[key]
+        z.check(f"{variant}.{key}", value, "clipped" if key.endswith("pred_xstart_clip") else "loss")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -125,16 +115,13 @@ def test_losses(variant, dtype):
 
 @precisions
 def test_full_bound(dtype):
-    z = Golden("diffusion_math.npz", dtype)
+    z = Golden(MATH.name, dtype)
     x_start, output = z["x_start"], z["model_output"]
     z.check("prior_bpd", create_diffusion().prior_bits(x_start), "clipped")
     case = next(key.removesuffix("_noise") for key in z.meta if re.fullmatch(r"bpd\d+_noise", key))
-    steps = z.arrays[f"{case}.vb"].shape[1]
-    pattern = re.search(r"'([^']*<k>)'", z.meta[f"{case}_noise"])[1]
-    noise = stream(z, pattern, x_start.shape, z.meta["profile_seed"])
-    found = create_diffusion(str(steps)).variational_bound(
-        lambda x, t: output, x_start, clip_denoised=False, step_noise=noise
-    )
+    steps, pattern = z.arrays[f"{case}.vb"].shape[1], re.search(r"'([^']*<k>)'", z.meta[f"{case}_noise"])[1]
+    options = {"clip_denoised": False, "step_noise": stream(z, pattern, x_start.shape, z.meta["profile_seed"])}
+    found = create_diffusion(str(steps)).variational_bound(lambda x, t: output, x_start, **options)
     z.check_terms(case, found, torch.arange(steps).flip(0).expand(len(x_start), steps))
     kinds = {"total_bpd": "bound at t = 0", "prior_bpd": "clipped", "xstart_mse": "loss"}
     for key in set(z.keys(f"{case}.")) - set(TERMS):

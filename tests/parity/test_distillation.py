@@ -8,9 +8,10 @@ from pruning.distillation import DistillStep, mask_extremes, masked_feature_loss
 
 from .golden import Golden, Replay, network, precisions, read_json
 
-MATH = Golden("diffusion_math.npz")
-VARIANTS = [variant for variant in MATH.meta["variants"] if f"{variant}.kd.loss" in MATH.arrays]
+MATH, KD = Golden("diffusion_math.npz"), Golden("kd_masked.npz")
+VARIANTS = [variant for variant in MATH.meta["variants"] if MATH.has(f"{variant}.kd.")]
 ALPHA = read_json("script_flags.json")["_constants"]["train_masked_kd"]["alpha_kd"]
+PAIRS = {int(student): teacher for student, teacher in KD.meta["targets"].items()}
 
 
 def all_terms(diffusion, student, teacher, x_start, t, noise, alpha, feature_term=0.0):
@@ -34,26 +35,19 @@ def test_output_terms(variant, dtype):
 
 
 def load(dtype, mode):
-    """File, student and teacher, and an objective that replays the recorded draws of `mode` ("eval" or "train")."""
-    z = Golden("kd_masked.npz", dtype)
-    student, teacher = (
-        network(z.meta[who], z.meta[f"{who}_seed"], z.meta["weight_std"], dtype) for who in ("student", "teacher")
-    )
-    drop = z["drop_flags"].bool() if mode == "train" else None
-    return z, student.train(mode == "train"), teacher, Replay(create_diffusion(), [(z["t"], z["noise"], drop)])
-
-
-def layer_pairs(z):
-    return {int(student): teacher for student, teacher in z.meta["targets"].items()}
+    """File, student in `mode` ("eval" or "train") and teacher, and an objective that replays the recorded draws."""
+    z, std = Golden(KD.name, dtype), KD.meta["weight_std"]
+    student, teacher = (network(z.meta[who], z.meta[f"{who}_seed"], std, dtype) for who in ("student", "teacher"))
+    draws = [(z["t"], z["noise"], z["drop_uniform"])]
+    return z, student.train(mode == "train"), teacher, Replay(create_diffusion(), draws)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @precisions
 def test_step(mode, dtype):
     z, student, teacher, objective = load(dtype, mode)
-    meta = z.meta
-    options = {"alpha": meta["alpha_kd"], "beta": meta["beta_feat"], "k": meta["mask_k"]}
-    terms = DistillStep(student, teacher, objective, layer_pairs(z).items(), **options)(z["x_start"], z["y"])
+    options = {"alpha": z.meta["alpha_kd"], "beta": z.meta["beta_feat"], "k": z.meta["mask_k"]}
+    terms = DistillStep(student, teacher, objective, PAIRS.items(), **options)(z["x_start"], z["y"])
     z.check_terms(mode, terms, z["t"])
     if dtype == torch.float64:
         terms["loss"].mean().backward()
@@ -61,40 +55,34 @@ def test_step(mode, dtype):
             z.check(f"{mode}.grad:{name}", student.get_parameter(name).grad, "loss")
 
 
-def test_drop_flags(monkeypatch):
-    z, student, _, _ = load(torch.float32, "train")
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: z["drop_uniform"].reshape(*size))
-    z.check("drop_flags", student.y_embedder.draw_drop(len(z["y"]), "cpu"), "exact")
+def test_drop_flags():
+    z, student, _, objective = load(torch.float32, "train")
+    z.check("drop_flags", objective.draw(student, z["x_start"], z["y"]).drop, "exact")
 
 
 @torch.no_grad()
 def test_masks_of_hidden_states():
     z, student, teacher, objective = load(torch.float64, "eval")
     draw = objective.draw(student, z["x_start"], z["y"])
-    for who, net, layers in (
-        ("student", student, layer_pairs(z).keys()),
-        ("teacher", teacher, layer_pairs(z).values()),
-    ):
-        hidden = {}
-        observe = lambda layer, before, after, hidden=hidden: hidden.update({layer: after})  # noqa: E731
-        objective.predict(net, z["x_start"], z["y"], draw, observe=observe)
+    for who, net, layers in (("student", student, PAIRS.keys()), ("teacher", teacher, PAIRS.values())):
+        hidden = []
+        objective.predict(net, z["x_start"], z["y"], draw, observe=lambda *step, hidden=hidden: hidden.append(step[2]))
         for layer in layers:
-            flat, prefix = hidden[layer].flatten(1), f"eval.{who}_layer{layer}"
-            z.check(f"{prefix}.mean", flat.mean(1), "loss")
-            z.check(f"{prefix}.std_unbiased", flat.std(1), "loss")
-            kept = mask_extremes(hidden[layer], z.meta["mask_k"]).flatten(1) != 0
+            prefix, tokens = f"eval.{who}_layer{layer}", hidden[layer]
+            z.check(f"{prefix}.mean", tokens.flatten(1).mean(1), "loss")
+            z.check(f"{prefix}.std_unbiased", tokens.flatten(1).std(1), "loss")
+            kept = mask_extremes(tokens, z.meta["mask_k"]).flatten(1) != 0
             z.check(f"{prefix}.kept_fraction", kept.double().mean(1), "exact")
 
 
 @precisions
 def test_planted_extreme_activations(dtype):
-    z = Golden("kd_masked.npz", dtype)
+    z = Golden(KD.name, dtype)
     case = {key: z[f"features.{key}"] for key in z.keys("features.")}
     hidden = case["student"].requires_grad_()
     feat = masked_feature_loss(hidden, case["teacher"], z.meta["mask_k"])
-    outputs = case["student_output"], case["teacher_output"]
-    draws = case["x_start"], case["t"], case["noise"]
-    terms = all_terms(create_diffusion(), *outputs, *draws, z.meta["alpha_kd"], z.meta["beta_feat"] * feat)
+    inputs = (case[key] for key in ("student_output", "teacher_output", "x_start", "t", "noise"))
+    terms = all_terms(create_diffusion(), *inputs, z.meta["alpha_kd"], z.meta["beta_feat"] * feat)
     z.check_terms("features", {**terms, "feat_loss": feat}, case["t"])
     (gradient,) = torch.autograd.grad(feat.mean(), hidden)
     z.check("features.feat_grad_wrt_student", gradient, "loss")

@@ -1,0 +1,138 @@
+"""The whole recipe on scikit-learn's handwritten digits, through the same scripts a lab would use. Run by `make demo`.
+
+Every command is printed as it could be typed in the repository's folder; its output goes to run/logs.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import report  # noqa: E402  (it imports the project from ROOT)
+
+RUN = Path("examples/digits/run")  # below ROOT, where all commands run
+TEACHER, STUDENT, DEPTH, KEPT = "DiT-T/4", "DiT-T-D6/4", 12, 6
+METHODS = ("learned", "block-influence", "bk-sdm", "random")
+DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
+STEPS_PER_EPOCH = 1797 // 128
+TEACHER_EPOCHS, RECOVERY_EPOCHS = 114, 20
+TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25}
+RECOVER = {**TRAIN, "model": STUDENT, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
+LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}
+SAMPLING = {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20}
+IMAGES = 500
+
+
+def write_images(folder):
+    """The 1,797 digits as 8x8 PNG files, one folder per class."""
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / str(label) / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels / 16 * 255).round().astype(np.uint8)).save(path)
+
+
+def command(script, *switches, processes=1, **flags):
+    """Words of a command line: `python script` or `torchrun`, then flags from keywords, then switches."""
+    words = ["python"] if processes == 1 else ["torchrun", "--nnodes=1", f"--nproc_per_node={processes}"]
+    words.append(script)
+    for name, value in flags.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return words + list(switches)
+
+
+def checkpoint(prefix, model, epochs):
+    folder = RUN / "outputs" / f"{prefix}-{model.replace('/', '-')}" / "checkpoints"
+    return folder / f"{epochs * STEPS_PER_EPOCH:07d}.pt"
+
+
+def weights():
+    """Name of every model in the report -> its file of weights."""
+    files = {"teacher": checkpoint("teacher", TEACHER, TEACHER_EPOCHS)}
+    for method in METHODS:
+        files[method] = RUN / f"{method}.pt"
+        files[f"{method} + fine-tuning"] = checkpoint(f"{method}-ft", STUDENT, RECOVERY_EPOCHS)
+    files["learned + Masked KD"] = checkpoint("learned-kd", STUDENT, RECOVERY_EPOCHS)
+    return files
+
+
+def stages():
+    """The stages in order; each is a dict name -> command, and its commands do not depend on each other."""
+    files, teacher = weights(), weights()["teacher"]
+    images = {"data-path": RUN / "images", "features-path": RUN / "features", "image-size": 8, "vae": "none"}
+    rate = {"epochs": TEACHER_EPOCHS, "lr": 2e-3, "min-lr": 2e-5, "ema-decay": 0.99}
+    yield {"encode": command("extract_features.py", processes=2, model=TEACHER, **images)}
+    yield {"teacher": command("train.py", processes=2, model=TEACHER, prefix="teacher", **rate, **TRAIN)}
+
+    prune = {"model": TEACHER, "ckpt": teacher}
+    learn = {"model": TEACHER, "pattern": "1:2", "load-weight": teacher, "save-model": files["learned"], **LEARN}
+    score = {"data-path": RUN / "features", "n-pruned": DEPTH - KEPT, "nsamples": 1024, "batch-size": 128, "mirror": 0}
+    kept = sorted(np.random.default_rng(0).choice(DEPTH, KEPT, replace=False).tolist())
+    yield {
+        "learn": command("prune_by_learning.py", "--delta-w", "--lora", **learn),
+        "block influence": command("prune_by_score.py", **prune, **score, save_model=files["block-influence"]),
+        "bk-sdm": command("prune_by_index.py", **prune, scheme="bk-sdm", save_model=files["bk-sdm"]),
+        "random": command("prune_by_index.py", **prune, kept_indices=kept, save_model=files["random"]),
+    }
+    distil = {"prefix": "learned-kd", "load-weight": files["learned"], "teacher": TEACHER, "load-teacher": teacher}
+    yield {"Masked KD": command("train_masked_kd.py", **distil, **RECOVER)} | {
+        f"fine-tune {method}": command("train.py", prefix=f"{method}-ft", load_weight=files[method], **RECOVER)
+        for method in METHODS
+    }
+    samples = {"num-fid-samples": IMAGES, "per-proc-batch-size": 250, **SAMPLING}
+    yield {
+        f"sample {name}": command("sample_ddp.py", ckpt=file, sample_dir=sample_folder(name), **samples)
+        for name, file in files.items()
+    }
+
+
+def sample_folder(name):
+    return RUN / "samples" / name.replace(" ", "")
+
+
+def run_command(name, words):
+    """Run one command from ROOT with this Python, one thread per process; its output goes to a log."""
+    launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    log = RUN / "logs" / f"{name.replace(' ', '_')}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with open(log, "w") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, *words[1:]], stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+        )
+    lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
+    print(
+        f"\n== {name} ({time.monotonic() - start:.0f} s)\n$ {shlex.join(words)}\n{lines[-1] if lines else ''}",
+        flush=True,
+    )
+    if done.returncode:
+        raise SystemExit("\n".join(lines[-40:]) + f"\n{name} failed; its whole output is in {log}")
+
+
+def main():
+    start = time.monotonic()
+    os.chdir(ROOT)
+    shutil.rmtree(RUN, ignore_errors=True)
+    write_images(RUN / "images")
+    for stage in stages():
+        print(f"\n... {', '.join(stage)}", flush=True)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for finished in [pool.submit(run_command, name, words) for name, words in stage.items()]:
+                finished.result()
+    folders = {name: sample_folder(name) for name in weights()}
+    report.write(RUN, weights(), folders, SAMPLING, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    main()

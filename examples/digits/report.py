@@ -1,0 +1,164 @@
+"""What the digits walkthrough shows: a table and pictures, all measured from the files that its stages left."""
+
+import json
+import time
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+from diffusion import create_diffusion
+from diffusion.samplers import GaussianSampler
+from engine.checkpoint import build_network, read_checked, read_facts
+from engine.sampling import ImageDraws
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "read as asked", "kept layers")
+
+
+def frechet_distance(a, b):
+    """Distance of two Gaussians fitted to the rows of a and b (N, D): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
+    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def load_samples(folder):
+    """Samples of a model: grey values 0..16 as in the data set (N, 64), and the labels they were asked for (N,)."""
+    packed = np.load(next(folder.glob("*.npz")))
+    return packed["arr_0"].mean(-1).reshape(len(packed["arr_0"]), -1) / 255 * 16, packed["arr_1"]
+
+
+def measure_speed(files, settings, rounds=5, n=50):
+    """Images per second of networks sampled in turns, so that a busy machine slows all alike: medians over rounds."""
+    sampler = GaussianSampler(
+        create_diffusion("ddim10"), "ddim", settings["cfg-scale"]
+    )  # a tenth of the chain is enough
+    nets = []
+    for file in files:
+        name = read_facts(file)["model"]
+        state, config = read_checked(file, "", name)
+        nets.append(build_network(name, state, "cpu", **config).eval())
+    draws = ImageDraws(0, range(n), (3, 8, 8), "cpu")
+    labels, noise = draws.labels(10), draws.noise()
+    seconds = np.zeros((rounds + 1, len(nets)))
+    for row in seconds:  # the first round warms up
+        for i, net in enumerate(nets):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                sampler(net, labels, noise)
+            row[i] = time.perf_counter() - start
+    network_calls = settings["num-sampling-steps"] / 10
+    return (n / network_calls / np.median(seconds[1:], axis=0)).tolist()
+
+
+def measure(files, folders, settings):
+    """One dict per model with the columns of the table."""
+    digits = load_digits()
+    reader = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
+    speed = dict(zip((12, 6), measure_speed([files["teacher"], files["learned"]], settings), strict=True))
+    rows = []
+    for name, file in files.items():
+        state, _ = read_checked(file, "", read_facts(file)["model"])
+        layers = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        samples, asked = load_samples(folders[name])
+        values = (
+            name,
+            layers,
+            sum(tensor.numel() for tensor in state.values()),
+            round(speed[layers], 1),
+            round(frechet_distance(samples, digits.data), 2),
+            round(float((reader.predict(samples) == asked).mean()), 4),
+            read_facts(file).get("kept", "all"),
+        )
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def format_table(rows):
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        shown = {**row, "parameters": f"{row['parameters']:,}", "read as asked": f"{row['read as asked']:.1%}"}
+        lines.append("| " + " | ".join(str(shown[column]) for column in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def draw_samples(folders, rows, path):
+    """One row of pictures per model: two of every digit asked for."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.62 * len(rows)), layout="constrained")
+    for axis, row in zip(axes, rows, strict=True):
+        samples, asked = load_samples(folders[row["model"]])
+        chosen = np.concatenate([np.flatnonzero(asked == digit)[:2] for digit in range(10)])
+        strip = np.concatenate(list(np.pad(samples[chosen].reshape(-1, 8, 8), ((0, 0), (0, 0), (0, 1)))), axis=1)
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=16)
+        axis.set_axis_off()
+        axis.set_title(f"{row['model']} ({row['layers']} layers)", loc="left", fontsize=8, pad=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_losses(run, path):
+    """The noise prediction error of every run over its steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for folder in sorted((run / "outputs").iterdir()):
+        rows = [row for row in read_metrics(folder) if "mse" in row]
+        is_recovery = "D6" in folder.name
+        axis = axes[int(is_recovery)]
+        label = folder.name.partition("-DiT")[0].replace("-ft", " + fine-tuning").replace("-kd", " + Masked KD")
+        axis.plot([row["step"] for row in rows], [row["mse"] for row in rows], label=label, linewidth=1)
+    for axis, title in zip(axes, ("12 layers", "recovery, 6 layers"), strict=True):
+        axis.set(title=title, xlabel="step", ylabel="noise prediction error", yscale="log")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_decisions(run, path, depth=12):
+    """Layers kept over the steps of gate learning, with the confidence of their group as opacity."""
+    rows = [row for row in read_metrics(next((run / "outputs").glob("learn_mask-*"))) if "kept" in row]
+    figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    colours = plt.get_cmap("tab20")
+    for row in rows:
+        for group, layer in enumerate(row["kept"]):  # 1:2 groups: one layer is kept per group
+            opacity = max(0.0, row["confidence"][group] - 0.5) / 0.5
+            axis.scatter(row["step"], layer, color=colours(layer), alpha=0.1 + 0.9 * opacity, s=40, linewidths=0)
+    axis.set(xlabel="step", ylabel="kept layer", yticks=range(depth), title="Decisions while the gates learn")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_overview(run, path):
+    """Samples beside decisions, for the README."""
+    parts = [Image.open(run / name).convert("RGB") for name in ("samples.png", "decisions.png")]
+    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
+    sheet.save(path)
+
+
+def write(run, files, folders, settings, seconds):
+    """Measure all models, print the table, and write report.md, report.json and the pictures into the run folder."""
+    rows = measure(files, folders, settings)
+    table = format_table(rows)
+    minutes = f"All stages took {seconds / 60:.1f} minutes."
+    (run / "report.md").write_text(f"{table}\n\n{minutes}\n")
+    (run / "report.json").write_text(json.dumps({"seconds": seconds, "models": rows}, indent=1))
+    draw_samples(folders, rows, run / "samples.png")
+    draw_losses(run, run / "losses.png")
+    draw_decisions(run, run / "decisions.png")
+    draw_overview(run, run / "overview.png")
+    print(f"\n{table}\n\n{minutes}\nReport: {run}/report.md, samples.png, losses.png, decisions.png", flush=True)

@@ -1,0 +1,274 @@
+"""The whole chain on 8 x 8 pictures of three channels and ten classes, without an autoencoder."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.checkpoint import read_facts, read_file, read_weights
+from pruning.patterns import candidate_masks, parse_pattern
+from pruning.surgery import keep_layers
+
+TRAIN = "--epochs 1 --global-batch-size 16 --num-workers 0 --log-every 2".split()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_extraction(latents, pictures):
+    """Every picture and its mirror, in the order of the files, with the label of its folder."""
+    files = sorted(pictures.glob("*/*.png"))
+    features, labels = np.load(latents / "features.npy"), np.load(latents / "labels.npy")
+    assert features.shape == (64, 2, 3, 8, 8)
+    for i, file in enumerate(files):
+        pixels = np.asarray(Image.open(file)).transpose(2, 0, 1) / np.float32(127.5) - 1
+        np.testing.assert_allclose(features[i, 0], pixels, atol=1e-6)
+        assert labels[i] == int(file.parent.name)
+    assert (features[:, 1] == features[:, 0, :, :, ::-1]).all()
+    metadata = json.loads((latents / "metadata.json").read_text())
+    told = {"images": 64, "shape": [3, 8, 8], "num_classes": 10, "image_size": 8, "vae": "none"}
+    assert told.items() <= metadata.items()
+
+
+def test_run_folder(teacher):
+    """config.json, log.txt, metrics.jsonl and checkpoints say what was run."""
+    config = json.loads((teacher.folder / "config.json").read_text())
+    told = {"model": "DiT-T/2", "image_size": 8, "num_classes": 10, "vae": "none", "global_batch_size": 16, "lr": 3e-3}
+    assert told.items() <= config.items()
+    rows = metrics(teacher.folder)
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    for row in rows:
+        assert {"loss", "mse", "vb", "lr", "grad_norm", "images_per_second"} <= set(row)
+        assert row["loss"] == pytest.approx(row["mse"] + row["vb"], rel=1e-4)
+    log = (teacher.folder / "log.txt").read_text()
+    assert re.search(r"step 8/8 .*loss \d.* lr \S+ .*images/s .* GB .*left 0:00:00", log)
+    assert "1 process(es), cpu, fp32" in log
+    assert "saved" in log
+    saved = sorted(f.name for f in (teacher.folder / "checkpoints").iterdir())
+    assert saved == ["0000004.pt", "0000004.pt.json", "0000008.pt", "0000008.pt.json"]
+
+
+def test_training_state(teacher):
+    state = read_file(teacher.checkpoint, "--resume")
+    assert {"model", "ema", "opt", "scaler", "train_steps", "args"} <= set(state)
+    assert state["train_steps"] == 8
+    assert read_facts(teacher.checkpoint)["model"] == "DiT-T/2"
+    moved = [key for key in state["ema"] if not torch.equal(state["ema"][key], state["model"][key])]
+    assert "blocks.3.attn.qkv.weight" in moved
+    assert "pos_embed" not in moved
+
+
+@pytest.mark.parametrize(
+    ("update", "pattern"),
+    [
+        ("--delta-w --lora --lora-rank 4", "1:2"),
+        ("--delta-w", "2:4,3:4,2:4"),
+        ("", "2:4x2,4:4"),
+    ],
+    ids=["lora", "full", "gates"],
+)
+def test_learning(teacher, latents, tmp_path, run_script, same_weights, update, pattern):
+    """The decision follows the pattern, and the kept layers are cut out of the original weights."""
+    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    out = tmp_path / "out" / "pruned.pt"
+    flags += ["--save-model", out, "--gate-lr", 0.05, *update.split()]
+    run_script("prune_by_learning", "--model", "DiT-T/2", "--pattern", pattern, *flags)
+    facts, groups, start = read_facts(out), parse_pattern(pattern, 12), 0
+    assert facts["model"] == f"DiT-T-D{len(facts['kept'])}/2"
+    for n, m in groups:
+        chosen = [float(layer in facts["kept"]) for layer in range(start, start + m)]
+        assert chosen in candidate_masks(n, m).tolist()
+        start += m
+    assert len(facts["confidence"]) == len(groups)
+    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, facts["kept"]))
+    rows = metrics(tmp_path / "learn_mask-DiT-T-2")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[-1]["kept"] == facts["kept"]
+    assert rows[-1]["tau"] == pytest.approx(0.1)
+    log = (tmp_path / "learn_mask-DiT-T-2" / "log.txt").read_text()
+    assert f"Final Decision: {facts['kept']}" in log
+    assert "Final Confidence" in log
+
+
+def test_learning_moves_the_gates(teacher, latents, tmp_path, run_script):
+    """A gated name needs no pattern; gates and their averages move, frozen weights do not."""
+    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    args = run_script("prune_by_learning", "--model", "DiT-T-1-2", *flags, "--delta-w", "--lora")
+    state = read_file(tmp_path / "learn_mask-DiT-T-1-2" / "checkpoints" / "0000004.pt", "--resume")
+    assert sorted(state["ema"]) == [str(g) for g in range(6)]
+    for g in range(6):
+        assert not torch.equal(state["model"][f"gumbel_gates.{g}"], torch.full((1, 2), 0.02))
+    weight = "blocks.0.attn.qkv.weight"
+    assert torch.equal(state["model"][weight], teacher.state[weight])
+    assert (tmp_path / "learn_mask-DiT-T-1-2" / "pruned.pt").samefile(args.save_model)
+
+
+@pytest.mark.parametrize("source", ["latents", "clean latents", "pictures"])
+def test_scores(request, teacher, tmp_path, run_script, same_weights, source):
+    """Block influence from latents and from images; the last layer stays, and the lowest similarities with it."""
+    out = tmp_path / "pruned.pt"
+    flags = ["--ckpt", teacher.weights, "--n-pruned", 7, "--nsamples", 32, "--save-model", out]
+    flags += ["--clean-latents"] if source == "clean latents" else []
+    run_script("prune_by_score", *flags, "--data-path", request.getfixturevalue(source.split()[-1]))
+    facts = read_facts(out)
+    kept, scores = facts["kept"], facts["scores"]
+    assert len(scores) == 12
+    assert all(-1 <= score <= 1 for score in scores)
+    assert len(kept) == 5
+    assert 11 in kept
+    removed = set(range(12)) - set(kept)
+    assert min(scores[i] for i in removed) >= max(scores[i] for i in kept if i < 11)
+    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, kept))
+
+
+def test_latents_and_pictures_give_the_same_scores(teacher, latents, pictures, tmp_path, run_script):
+    for name, data in (("a", latents), ("b", pictures)):
+        flags = ["--n-pruned", 6, "--nsamples", 32, "--data-path", data, "--save-model", tmp_path / name]
+        run_script("prune_by_score", "--ckpt", teacher.weights, *flags)
+    a, b = (read_facts(tmp_path / name) for name in "ab")
+    assert a["kept"] == b["kept"]
+    assert a["scores"] == pytest.approx(b["scores"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [
+        (["--kept-indices", "[11, 0, 5]"], [0, 5, 11]),
+        (["--scheme", "bk-sdm"], [0, 2, 4, 7, 9, 11]),
+        (["--scheme", "bk-sdm", "--pattern", "2:4,3:4,2:4"], [0, 1, 4, 5, 6, 10, 11]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_index(teacher, tmp_path, run_script, same_weights, choice, kept, suffix):
+    out = tmp_path / f"pruned{suffix}"
+    run_script("prune_by_index", "--ckpt", teacher.weights, *choice, "--save-model", out)
+    assert read_facts(out)["kept"] == kept
+    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, kept))
+    assert sorted(f.name for f in tmp_path.iterdir()) == [out.name, f"{out.name}.json"]
+
+
+def test_preview_of_a_training_checkpoint(teacher, tmp_path, run_script, same_weights):
+    """Pruning a run's checkpoint takes its averaged weights; --preview adds a grid of eight pictures."""
+    out = tmp_path / "pruned.pt"
+    flags = ["--scheme", "bk-sdm", "--preview", "--num-sampling-steps", 3]
+    run_script("prune_by_index", "--ckpt", teacher.checkpoint, "--save-model", out, *flags)
+    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, [0, 2, 4, 7, 9, 11]))
+    assert Image.open(f"{out}.png").size == (4 * 10 + 2, 2 * 10 + 2)
+
+
+def test_fine_tuning(student, latents, tmp_path, run_script):
+    """The pruned weights tell the model, the image size and the classes; training starts from them."""
+    args = run_script("train", "--load-weight", student, "--data-path", latents, "--results-dir", tmp_path, *TRAIN)
+    assert (args.model, args.image_size, args.num_classes, args.vae) == ("DiT-T-D6/2", 8, 10, "none")
+    state = read_file(tmp_path / "DiT-T-D6-2" / "checkpoints" / "0000004.pt", "--resume")
+    start, weight = read_weights(student, "--ckpt"), "blocks.5.attn.qkv.weight"
+    assert 0 < (state["model"][weight] - start[weight]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_masked_kd(student, teacher, latents, tmp_path, run_script, epochs):
+    """The weight of the feature loss falls to 0 over the epochs, and is kept in a single one."""
+    flags = ["--load-weight", student, "--data-path", latents, "--results-dir", tmp_path, "--load-teacher"]
+    run_script("train_masked_kd", *flags, teacher.weights, "--teacher", "DiT-T/2", *TRAIN, "--epochs", epochs)
+    folder = tmp_path / "DiT-T-D6-2"
+    rows = [row for row in metrics(folder) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(2, 4 * epochs + 1, 2))
+    assert rows[0]["beta"] == pytest.approx(0.01)
+    assert rows[-1]["beta"] == pytest.approx(0.01 if epochs == 1 else 0)
+    assert rows[0]["feat_loss"] > 0
+    row = rows[0]
+    parts = 0.9 * row["kd_loss"] + 0.1 * row["gt"] + row["beta"] * row["feat_loss"]
+    assert row["loss"] == pytest.approx(parts, rel=1e-4)
+    assert f"{[(i, 2 * i + 1) for i in range(6)]}" in (folder / "log.txt").read_text()
+    state = read_file(max((folder / "checkpoints").glob("*.pt")), "--resume")
+    assert not [key for key in (*state["model"], *state["ema"]) if key.startswith("blocks.6")]
+
+
+def test_hybrid_pattern_to_masked_kd(teacher, latents, tmp_path, run_script):
+    """Seven layers learnt by a pattern of 2:4 and 3:4: the pattern travels with the weights to the layer pairs."""
+    common = ["--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    out = tmp_path / "seven.pt"
+    flags = ["--load-weight", teacher.weights, "--pattern", "2:4,3:4,2:4", "--save-model", out]
+    run_script("prune_by_learning", "--model", "DiT-T/2", *flags, *common)
+    flags = ["--load-weight", out, "--teacher", "DiT-T/2", "--load-teacher", teacher.weights]
+    args = run_script("train_masked_kd", *flags, *common)
+    assert args.model == "DiT-T-D7/2"
+    assert "[(1, 3), (4, 7), (6, 11)]" in (tmp_path / "DiT-T-D7-2" / "log.txt").read_text()
+
+
+def test_sample(student, tmp_path, run_script, monkeypatch):
+    """A grid of the asked classes; by default eight, in a file named after the weights; the seed decides."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", student, "--num-sampling-steps", 3]
+    run_script("sample", *flags)
+    (default,) = (tmp_path / "outputs" / "samples").iterdir()
+    assert Image.open(default).size == (42, 22)
+    made = {}
+    for seed, method in ((1, "ddpm"), (1, "ddim"), (2, "ddpm"), (1, "ddpm")):
+        out = tmp_path / f"{seed}{method}.png"
+        run_script("sample", *flags, "--labels", "3,9", "--seed", seed, "--sampler", method, "--output", out)
+        assert made.setdefault((seed, method), out.read_bytes()) == out.read_bytes()
+        assert Image.open(out).size == (22, 12)
+    assert len(set(made.values())) == 3
+
+
+SAMPLE = "--num-fid-samples 11 --per-proc-batch-size 4 --num-sampling-steps 3 --cfg-scale 1.5".split()
+
+
+def test_sample_ddp(student, tmp_path, run_script):
+    """Images by index and an .npz in their order; a second call makes only what is missing, with the same bytes."""
+    flags = ["--ckpt", student, "--sample-dir", tmp_path, *SAMPLE]
+    run_script("sample_ddp", *flags)
+    (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
+    files = sorted(folder.glob("*.png"))
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(11)]
+    packed = np.load(f"{folder}.npz")["arr_0"]
+    assert packed.shape == (11, 8, 8, 3)
+    assert all((np.asarray(Image.open(f)) == packed[i]).all() for i, f in enumerate(files))
+    before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+    removed = [files[2], files[9]]
+    for file in removed:
+        file.unlink()
+    run_script("sample_ddp", *flags)
+    assert {f: f.read_bytes() for f in files} == {f: content for f, (_, content) in before.items()}
+    assert {f for f in files if f.stat().st_mtime_ns != before[f][0]} == set(removed)
+    assert (np.load(f"{folder}.npz")["arr_0"] == packed).all()
+
+
+def test_sample_ddp_more_images(student, tmp_path, run_script):
+    """Asking for more images later keeps the first ones as they are."""
+    flags = ["--ckpt", student, "--sample-dir", tmp_path, *SAMPLE]
+    run_script("sample_ddp", *flags)
+    (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
+    before = {f: f.read_bytes() for f in folder.glob("*.png")}
+    run_script("sample_ddp", *flags, "--num-fid-samples", 13)
+    assert before.items() <= {f: f.read_bytes() for f in folder.glob("*.png")}.items()
+    assert len(np.load(f"{folder}.npz")["arr_0"]) == 13
+
+
+def test_pack(tmp_path, run_script):
+    """--pack writes the pictures of any folder in the order of their numbers."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in (10, 9, 100):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(folder / f"{i}.png")
+    run_script("sample_ddp", "--pack", folder)
+    assert np.load(tmp_path / "mine.npz")["arr_0"][:, 0, 0, 0].tolist() == [9, 10, 100]
+
+
+def test_published_latents(teacher, latents, tmp_path, run_script):
+    """The original's folders of one file per image train as well; what they do not tell is given by flags."""
+    features, labels = np.load(latents / "features.npy"), np.load(latents / "labels.npy")
+    for kind, values in (("features", features), ("labels", labels[:, None])):
+        (tmp_path / f"imagenet8_{kind}").mkdir()
+        for i, value in enumerate(values):
+            np.save(tmp_path / f"imagenet8_{kind}" / f"{i}.npy", value)
+    flags = "--model DiT-T/2 --vae none --image-size 8 --num-classes 10 --epochs 2 --global-batch-size 16 --lr 3e-3"
+    flags = [*flags.split(), *"--num-workers 0 --ema-decay 0.5 --results-dir".split(), tmp_path]
+    run_script("train", *flags, "--data-path", tmp_path)
+    state = read_weights(tmp_path / "DiT-T-2" / "checkpoints" / "0000008.pt", "--ckpt")
+    assert all(torch.equal(state[key], value) for key, value in teacher.state.items())

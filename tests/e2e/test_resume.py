@@ -1,0 +1,106 @@
+"""The same command resumes: bit for bit, and only with the same settings."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from engine.checkpoint import read_file
+from engine.errors import InputError
+
+TRAIN = "--epochs 2 --global-batch-size 16 --num-workers 0 --log-every 1 --ckpt-every 3".split()
+
+
+def same(a, b):
+    """Whether two states hold the same values, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def command(name, teacher, student, latents, results):
+    common = ["--data-path", latents, "--results-dir", results, *TRAIN]
+    return {
+        "train": ["--load-weight", student, *common],
+        "prune_by_learning": [
+            *("--model", "DiT-T-1-2", "--load-weight", teacher.weights, "--delta-w", "--lora"),
+            *("--save-model", results / "out.pt", "--prefix", "", *common),
+        ],
+        "train_masked_kd": [
+            *("--load-weight", student, "--teacher", "DiT-T/2", "--load-teacher", teacher.weights, *common)
+        ],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
+def test_interrupted_run(teacher, student, latents, tmp_path, run_script, name):
+    """Without its last states a run continues to the same weights, optimizer, averages and metrics."""
+    words = command(name, teacher, student, latents, tmp_path)
+    run_script(name, *words)
+    (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
+    whole = read_file(shutil.copy(folder / "checkpoints" / "0000008.pt", tmp_path / "whole.pt"), "--resume")
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    for step in (6, 8):
+        (folder / "checkpoints" / f"{step:07d}.pt").unlink()
+    run_script(name, *words)
+    again = read_file(folder / "checkpoints" / "0000008.pt", "--resume")
+    for part in ("model", "ema", "opt", "train_steps"):
+        assert same(again[part], whole[part]), part
+    assert "resumed from" in (folder / "log.txt").read_text()
+
+    def numbers(lines):
+        return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+    assert numbers((folder / "metrics.jsonl").read_text().splitlines()) == numbers(rows)
+
+
+@pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
+def test_finished_run(teacher, student, latents, tmp_path, run_script, name):
+    """A finished run trains no step, keeps its metrics, and leaves its states alone."""
+    words = command(name, teacher, student, latents, tmp_path)
+    run_script(name, *words)
+    (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
+    files = {f: f.stat().st_mtime_ns for f in (folder / "checkpoints").iterdir()}
+    metrics = (folder / "metrics.jsonl").read_text()
+    run_script(name, *words)
+    assert {f: f.stat().st_mtime_ns for f in (folder / "checkpoints").iterdir()} == files
+    assert (folder / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lr", "0.5"], "--lr"),
+        (["--global-batch-size", "32"], "--global-batch-size"),
+        (["--epochs", "3"], "--epochs"),
+    ],
+)
+def test_other_settings_are_refused(student, teacher, latents, tmp_path, run_script, flags, named):
+    words = command("train", teacher, student, latents, tmp_path)
+    run_script("train", *words, "--epochs", "1")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(InputError, match=rf"{named} .*, now it is .*take another --prefix"):
+        run_script("train", *words, "--epochs", "1", *flags)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_free_settings_may_change(student, teacher, latents, tmp_path, run_script):
+    words = command("train", teacher, student, latents, tmp_path)
+    run_script("train", *words, "--epochs", "1")
+    run_script("train", *words, "--epochs", "1", "--log-every", "7", "--ckpt-every", "9")
+
+
+def test_resume_flag(student, teacher, latents, tmp_path, run_script):
+    """--resume continues a given state in a folder of its own."""
+    run_script("train", *command("train", teacher, student, latents, tmp_path / "a"))
+    old = tmp_path / "a" / "DiT-T-D6-2" / "checkpoints"
+    words = command("train", teacher, student, latents, tmp_path / "b")
+    run_script("train", *words, "--resume", old / "0000003.pt")
+    new = tmp_path / "b" / "DiT-T-D6-2" / "checkpoints" / "0000008.pt"
+    for part in ("model", "ema", "opt"):
+        assert same(read_file(new, "--resume")[part], read_file(old / "0000008.pt", "--resume")[part])

@@ -1,0 +1,240 @@
+"""The order of data, folders of latents, and pictures."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.data import BatchOrder, LatentDataset, LatentStore, check_batch
+from engine.errors import InputError
+from engine.images import center_crop, list_images, load_image, numbered_images, pack_npz, save_grid, to_uint8
+from engine.sampling import ImageDraws, preview_labels
+
+
+def order(steps, rank=0, world=1, mirror=0.5, seed=0, n=50, batch=8):
+    return list(BatchOrder(n, batch, seed, mirror, steps, rank, world))
+
+
+def test_global_batch_does_not_depend_on_processes():
+    parts = [order(range(20), rank, 2) for rank in range(2)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == order(range(20))
+
+
+def test_every_epoch_is_a_permutation():
+    """Six batches of eight from fifty images: no image twice in an epoch, and another order in the next."""
+    items = np.array(order(range(12)))
+    epochs = (items // 2).reshape(2, 48)
+    assert all(len(set(epoch)) == 48 for epoch in epochs)
+    assert (epochs < 50).all()
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 13])
+def test_order_from_any_step(start):
+    assert order(range(start, 20)) == order(range(20))[start:]
+
+
+def test_order_depends_on_seed():
+    assert order(range(3), seed=1) != order(range(3))
+
+
+@pytest.mark.parametrize("mirror", [0.0, 0.3, 1.0])
+def test_mirror_share(mirror):
+    versions = np.array(order(range(600), mirror=mirror)) % 2
+    assert versions.mean() == pytest.approx(mirror, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "world", "message"),
+    [(100, 9, 2, "--global-batch-size 9: not divisible by 2"), (7, 8, 1, r"larger than the data \(7 images\)")],
+)
+def test_check_batch(n, batch, world, message):
+    check_batch(8, 8, 2)
+    with pytest.raises(InputError, match=message):
+        check_batch(n, batch, world)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The original's layout: one file per image, not named in the order of their strings."""
+
+    def make(versions=2, n=12):
+        for i in range(n):
+            for kind, value in (
+                ("features", np.full((versions, 3, 2, 2), i, np.float32)),
+                ("labels", np.array([i % 5])),
+            ):
+                folder = tmp_path / f"imagenet256_{kind}"
+                folder.mkdir(exist_ok=True)
+                if kind == "features":
+                    value += 0.5 * np.arange(versions).reshape(-1, 1, 1, 1)
+                np.save(folder / f"{i}.npy", value)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("versions", [1, 2])
+def test_published_layout(published, versions):
+    """Files are taken by number; without a mirrored version the picture stands in for it."""
+    dataset = LatentDataset(published(versions))
+    x, y = dataset.__getitems__([2 * 11, 2 * 3 + 1])
+    assert len(dataset) == 12
+    assert x.dtype == torch.float32
+    assert x[:, 0, 0, 0].tolist() == [11, 3 + 0.5 * (versions - 1)]
+    assert y.tolist() == [1, 3]
+    assert dataset.metadata["shape"] == [3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [("imagenet256_labels/3.npy", "3.npy is in one of"), ("imagenet256_features/0.npy", "0.npy is in one of")],
+)
+def test_unpaired(published, remove, message):
+    folder = published()
+    (folder / remove).unlink()
+    with pytest.raises(InputError, match=message):
+        LatentDataset(folder)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="no latents"):
+        LatentDataset(tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of six images, all encoded."""
+    store = LatentStore.create(tmp_path / "s", [0, 1, 2, 0, 1, 2], {"shape": [3, 2, 2]})
+    store.features[:] = np.arange(12).reshape(6, 2, 1, 1, 1)
+    store.status[:] = 1
+    return store
+
+
+def test_store(store):
+    dataset = LatentDataset(store.folder)
+    x, y = dataset.__getitems__([0, 7, 11])
+    assert x[:, 0, 0, 0].tolist() == [0, 7, 11]
+    assert y.tolist() == [0, 0, 2]
+    assert dataset[7][0].shape == (3, 2, 2)
+
+
+def test_store_is_kept(store):
+    """Making it a second time does not lose what is there."""
+    LatentStore.create(store.folder, [0] * 6, store.metadata)
+    assert store.features[5, 1, 0, 0, 0] == 11
+
+
+def test_corrupt_images_are_left_out(store):
+    store.status[2] = 2
+    dataset = LatentDataset(store.folder)
+    assert len(dataset) == 5
+    assert dataset.__getitems__([4])[0][0, 0, 0, 0] == 6  # the third good image is image 3
+    assert dataset.labels.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_pending_images(store):
+    store.status[[1, 4]] = 0
+    with pytest.raises(InputError, match="2 of 6 images are not encoded yet; run extract_features.py"):
+        LatentDataset(store.folder)
+
+
+@pytest.mark.parametrize("name", ["features.npy", "labels.npy", "status.npy", "metadata.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_store(store, name, damage):
+    path = store.folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) - 8])
+    with pytest.raises(InputError, match=r"--data-path .*s: (damaged latents|no latents)"):
+        LatentDataset(store.folder)
+
+
+def test_lengths_differ(store):
+    np.save(store.folder / "labels.npy", np.zeros(5, np.int64))
+    with pytest.raises(InputError, match="differ in length"):
+        LatentDataset(store.folder)
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(40, 20, 8), (20, 41, 8), (8, 8, 8), (5, 9, 8), (100, 33, 32)])
+def test_center_crop(width, height, size):
+    """The crop is square, from the middle: the borders of a long picture are gone."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    if width > height:
+        pixels[:, : (width - height) // 4], pixels[:, -((width - height) // 4) :] = 255, 255
+    crop = center_crop(Image.fromarray(pixels), size)
+    assert crop.size == (size, size)
+    assert np.asarray(crop).max() == 0
+
+
+def test_pixels_survive(tmp_path):
+    """A picture of the right size comes through loading and writing unchanged."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    tensor = load_image(tmp_path / "p.png", 8)
+    assert tensor.shape == (3, 8, 8)
+    assert tensor.min() >= -1
+    assert tensor.max() <= 1
+    assert (to_uint8(tensor[None])[0] == pixels).all()
+
+
+def test_list_images(tmp_path):
+    for name in ("b/2.PNG", "b/1.jpg", "a/x/y.png", "a/notes.txt", "c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    paths, labels, classes = list_images(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in paths] == ["a/x/y.png", "b/1.jpg", "b/2.PNG"]
+    assert (labels, classes) == ([0, 1, 1], ["a", "b"])
+
+
+def test_pack_npz_in_index_order(tmp_path):
+    for i in (10, 2, 0, 1):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    files = numbered_images(tmp_path)
+    packed = np.load(pack_npz(tmp_path / "out.npz", files, "--pack"))["arr_0"]
+    assert packed.shape == (4, 4, 4, 3)
+    assert packed.dtype == np.uint8
+    assert packed[:, 0, 0, 0].tolist() == [0, 1, 2, 10]
+
+
+def test_pack_npz_of_different_sizes(tmp_path):
+    for i, size in enumerate((4, 5)):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
+    with pytest.raises(InputError, match="1.png is 5x5, not 4x4"):
+        pack_npz(tmp_path / "out.npz", numbered_images(tmp_path), "--pack")
+    with pytest.raises(InputError, match="no images to pack"):
+        pack_npz(tmp_path / "out.npz", [], "--pack")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["0.png", "1.png"]
+
+
+def test_grid(tmp_path):
+    save_grid(tmp_path / "g.png", torch.linspace(-1, 1, 6 * 3 * 4 * 4).view(6, 3, 4, 4), columns=4, gap=2)
+    assert Image.open(tmp_path / "g.png").size == (26, 14)
+
+
+def test_draws_depend_on_the_image_only():
+    """The label and noises of an image are the same in any batch."""
+    together = ImageDraws(3, range(6), (2, 2), "cpu")
+    alone = ImageDraws(3, [4], (2, 2), "cpu")
+    assert together.labels(7)[4] == alone.labels(7)[0]
+    for _ in range(2):
+        assert torch.equal(together.noise()[4], alone.noise()[0])
+    other = ImageDraws(4, [4], (2, 2), "cpu")
+    other.labels(7)
+    assert not torch.equal(other.noise(), ImageDraws(3, [4], (2, 2), "cpu").noise())
+
+
+def test_labels_cover_the_classes():
+    counts = Counter(ImageDraws(0, range(2000), (), "cpu").labels(10).tolist())
+    assert sorted(counts) == list(range(10))
+    assert min(counts.values()) > 150
+
+
+@pytest.mark.parametrize("classes", [1, 10, 979, 1000])
+def test_preview_labels(classes):
+    labels = preview_labels(classes)
+    assert len(labels) == 8
+    assert all(0 <= label < classes for label in labels)

@@ -1,0 +1,98 @@
+"""Names of networks, and what weights tell about theirs."""
+
+import pytest
+import torch
+
+from families import create_model, depth_name, depth_of, describe_weights, family_of, model_config, name_of
+from models import DiT, DiT_models
+
+XL, TINY = {"hidden_size": 1152, "num_heads": 16}, {"hidden_size": 64, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("DiT-XL/2", {**XL, "depth": 28, "patch_size": 2}),
+        ("DiT-D14/2", {**XL, "depth": 14, "patch_size": 2}),
+        ("DiT-D16/2", {**XL, "depth": 16, "patch_size": 2}),
+        ("DiT-XL-D16/2", {**XL, "depth": 16, "patch_size": 2}),
+        ("DiT-D5/4", {**XL, "depth": 5, "patch_size": 4}),
+        ("DiT-B-D30/8", {"hidden_size": 768, "num_heads": 12, "depth": 30, "patch_size": 8}),
+        ("DiT-T-D6/2", {**TINY, "depth": 6, "patch_size": 2}),
+        ("DiT-T-1-2", {**TINY, "depth": 12, "patch_size": 2, "groups": [[1, 2]] * 6}),
+        ("DiT-D14-2-4", {**XL, "depth": 14, "patch_size": 2, "groups": [[2, 4]] * 3 + [[1, 2]]}),
+    ],
+)
+def test_grammar(name, expected):
+    assert model_config(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["", "DiT", "DiT-Q/2", "DiT-D0/2", "DiT-D16/3", "DiT-D16", "dit-XL/2", "XL/2", "SiT-D16/2x"]
+)
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match=r"is no model: expected one of DiT-XL/2, .*DiT-D16/2"):
+        model_config(name)
+
+
+def test_config_is_a_copy():
+    model_config("DiT-XL/2")["depth"] = 1
+    assert model_config("DiT-XL/2")["depth"] == 28
+
+
+def test_all_names_build():
+    published = {f"DiT-{size}/{patch}" for size in ("XL", "L", "B", "S") for patch in (2, 4, 8)}
+    published |= {"DiT-D19/2", "DiT-D14/2", "DiT-D7/2", "DiT-XL-1-2", "DiT-XL-2-4", "DiT-XL-7-14", "DiT-XL-1-4"}
+    published |= {"DiT-D14-1-2", "DiT-D14-2-4"}
+    assert published <= set(DiT_models)
+    for name in DiT_models:
+        with torch.device("meta"):
+            net = create_model(name, input_size=8)
+        assert isinstance(net, DiT)
+        assert depth_of(net) == model_config(name)["depth"]
+        assert hasattr(net, "gumbel_gates") == ("groups" in model_config(name))
+    assert family_of("DiT-XL/2").network is DiT
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "pruned"),
+    [
+        ("DiT-XL-1-2", 14, "DiT-D14/2"),
+        ("DiT-XL/2", 16, "DiT-D16/2"),
+        ("DiT-D14-2-4", 7, "DiT-D7/2"),
+        ("DiT-D19/2", 28, "DiT-XL/2"),
+        ("DiT-XL/4", 14, "DiT-D14/4"),
+        ("DiT-S/4", 6, "DiT-S-D6/4"),
+        ("DiT-S/4", 12, "DiT-S/4"),
+        ("DiT-T-1-2", 6, "DiT-T-D6/2"),
+    ],
+)
+def test_depth_name(name, depth, pruned):
+    assert depth_name(name, depth) == pruned
+    assert model_config(pruned)["depth"] == depth
+
+
+def test_name_of_unknown_width():
+    assert name_of(17, 4, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DiT-T/2", {"input_size": 8, "in_channels": 3, "num_classes": 10, "learn_sigma": True}),
+        ("DiT-T-D5/4", {"input_size": 16, "in_channels": 4, "num_classes": 7, "learn_sigma": False}),
+        ("DiT-D14/2", {"input_size": 64, "in_channels": 4, "num_classes": 1000, "learn_sigma": True}),
+    ],
+)
+def test_describe_weights(name, config):
+    with torch.device("meta"):
+        state = create_model(name, **config).state_dict()
+    told = describe_weights(state)
+    size = model_config(name)
+    assert told == {"model": name, **config, **{key: size[key] for key in ("hidden_size", "depth", "patch_size")}}
+
+
+@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(2)}, {"x_embedder.proj.weight": torch.zeros(3)}])
+def test_describe_other_weights(state):
+    with pytest.raises(ValueError, match="no DiT weights"):
+        describe_weights(state)

@@ -1,0 +1,67 @@
+"""LoRA and the other weight updates that stand for fine-tuning."""
+
+import pytest
+import torch
+
+from diffusion import create_diffusion
+from diffusion.objectives import GaussianObjective, TrainStep
+from families import create_model
+from pruning.lora import LoRALinear, add_lora, weight_update
+
+GROUPS = [[1, 2]] * 3
+
+
+def test_size_at_full_scale():
+    """DiT-XL/2 has 144 linear layers; rank 8 adds 6,001,920 values."""
+    with torch.device("meta"):
+        net = create_model("DiT-XL-1-2")
+    adapters = weight_update(net, True, 8)
+    assert sum(isinstance(module, LoRALinear) for module in net.modules()) == 144
+    assert len(adapters) == 288
+    assert sum(p.numel() for p in adapters) == 6_001_920
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert trained == 6_001_920 + sum(p.numel() for p in net.gumbel_gates)
+
+
+def test_identity_at_start(small_net, batch):
+    net = small_net()
+    before = net(*batch)
+    add_lora(net, 4)
+    assert torch.equal(net(*batch), before)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (2.0, 0.5)])
+def test_forward(alpha, scale):
+    """y = W x + b + alpha / rank * B A x, with alpha = 2 * rank by default."""
+    net = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    add_lora(net, 4, alpha)
+    torch.nn.init.normal_(net[0].lora_b.weight)
+    x = torch.randn(2, 5)
+    update = scale * net[0].lora_b.weight @ net[0].lora_a.weight
+    torch.testing.assert_close(net(x), x @ (net[0].weight + update).T + net[0].bias)
+
+
+def test_rank_must_be_positive(small_net):
+    with pytest.raises(ValueError, match="rank 0"):
+        add_lora(small_net(), 0)
+
+
+@pytest.mark.parametrize("update", ["lora", "full", "none"])
+def test_what_is_trained(small_net, batch, update):
+    """LoRA trains adapters and gates only; a full update all weights; without an update the gates alone move."""
+    net = small_net(6, GROUPS).train()
+    weights = weight_update(net, update != "none", 2 if update == "lora" else None)
+    assert len(weights) == {"lora": 68, "full": sum(1 for _ in net.parameters()) - 4, "none": 0}[update]
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.SGD([*weights, *net.gumbel_gates], lr=0.1)
+    step = TrainStep(net, GaussianObjective(create_diffusion()))
+    torch.manual_seed(0)
+    for _ in range(6):  # the first steps move lora_b away from zero, later ones lora_a
+        optimizer.zero_grad()
+        step(batch[0], batch[2])["loss"].mean().backward()
+        optimizer.step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    gates = {name for name in before if name.startswith("gumbel_gates")}
+    adapters = {name for name in before if "lora_" in name}
+    expected = {"lora": adapters | gates, "full": set(before) - {"pos_embed"}, "none": gates}[update]
+    assert moved == expected
