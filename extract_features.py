@@ -85,7 +85,7 @@ def main(args):
     latent_size(args, latents)
     check_vae(args.vae, latents)
     check_folder("--features-path", args.features_path)
-    run = Run(args)
+    run = Run(args, one_thread=True)
     codec = load_codec(args.vae, latents, run.device)
     store = open_store(args, run, labels, classes, codec)
 

@@ -66,7 +66,7 @@ FAMILIES = {
             for depth in (7, 14, 19)
         },
         default_release="DiT-XL-2-{image_size}x{image_size}.pt",
-    ),
+    )
 }
 
 

@@ -95,6 +95,7 @@ def main(args):
         return [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"], metrics
 
     trainer.fit(dataset, args, total_steps, before_step, report)
+    before_step(total_steps - 1)  # for the scaling, in case a finished run was only reopened
     kept, confidence = decide(trainer.ema.module)
     run.log(f"[!] Final Decision: {kept}")
     run.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")

@@ -63,10 +63,8 @@ def open_folder(args, run, path):
             f"--sample-dir {args.sample_dir}: {folder} holds images with {different[0]} {old.get(different[0])}, now "
             f"{settings[different[0]]}; delete that folder or take another --sample-dir"
         )
-    barrier()
     if run.is_main:
         write_atomically(record, lambda file: file.write_text(json.dumps(settings, indent=1)))
-    barrier()
     return folder
 
 
@@ -101,7 +99,7 @@ def main(args):
     check_folder("--sample-dir", args.sample_dir)
     path = find_ckpt(args)
     state = read_weights(path, "--ckpt", prefer_ema=not args.no_ema)
-    run = Run(args)
+    run = Run(args, one_thread=True)
     folder = open_folder(args, run, path)
     speed = sample_missing(args, run, state, path, folder)
     if speed:

@@ -133,9 +133,10 @@ def check_fit(state, flag, path, name, option="--model", **config):
         if key in asked and asked[key] != shapes[key] and shapes["model"] == name:
             raise InputError(f"{flag} {path}: has {key} {shapes[key]}, expected {asked[key]}; change {setting}")
     if (shapes["depth"], shapes["hidden_size"]) != (asked["depth"], asked["hidden_size"]):
+        advice = f"take {option} {shapes['model']}" if shapes["model"] else "no registered model has this width"
         raise InputError(
             f"{flag} {path}: has {shapes['depth']} layers of width {shapes['hidden_size']}, but {option} {name} has "
-            f"{asked['depth']} of width {asked['hidden_size']}; take {option} {shapes['model']}"
+            f"{asked['depth']} of width {asked['hidden_size']}; {advice}"
         )
     different = sorted(set(found.items()) ^ set(expected.items()))
     raise InputError(

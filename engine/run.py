@@ -17,7 +17,7 @@ from engine.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Flags that may change when the same command resumes a run: they do not change its numbers.
-FREE_FLAGS = {"device", "num_workers", "log_every", "ckpt_every", "resume", "unused"}
+FREE_FLAGS = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "unused"}
 
 
 def seed_everything(*parts):
@@ -26,10 +26,16 @@ def seed_everything(*parts):
 
 
 class Run:
-    """Processes, device and precision of a script; `open_folder` adds a folder for what it writes."""
+    """Processes, device and precision of a script; `open_folder` adds a folder for what it writes.
 
-    def __init__(self, args, default_precision="fp32"):
+    one_thread: on a CPU, compute with one thread per process, so that the last bits do not depend on how many threads a
+    launcher grants; scripts whose output must not depend on the process count ask for it.
+    """
+
+    def __init__(self, args, default_precision="fp32", one_thread=False):
         self.device = distributed.start_processes(args.device)
+        if one_thread and self.device.type == "cpu":
+            torch.set_num_threads(1)
         self.rank, self.world, self.is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
         # What the original computes in needs a GPU to be worth it: without one the default is fp32.
         on_gpu = self.device.type == "cuda"

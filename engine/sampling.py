@@ -7,7 +7,7 @@ from engine.checkpoint import build_network, check_fit, fetch, save_weights, tol
 from engine.errors import InputError, blame
 from engine.images import save_grid
 from engine.vae import check_vae, latent_size, load_codec
-from families import depth_name, describe_weights, family_of
+from families import depth_name, describe_weights, family_of, model_config
 
 
 class ImageDraws:
@@ -56,6 +56,8 @@ def load_for_sampling(run, args, state, path):
     latents = family_of(args.model).latents
     size = latent_size(args, latents)
     check_vae(args.vae, latents)
+    if "groups" in model_config(args.model):
+        raise InputError(f"--model {args.model}: has gates; prune with it first, then sample from the pruned weights")
     with blame("--ckpt", path):
         shapes = describe_weights(state)
     config = {"input_size": size, "num_classes": args.num_classes}

@@ -70,7 +70,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
         self.ema, self.clip_norm, self.schedule = Ema(averaged, ema_decay), clip_norm, schedule
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
-        self.wrapped, self.steps, self.facts = step, 0, facts or {}
+        self.wrapped, self.steps, self.grad_norm, self.facts = step, 0, 0.0, facts or {}
         if run.world > 1:
             # Buffers are tables that never change. The flag that says so was renamed in torch 2.14.
             known = inspect.signature(DistributedDataParallel).parameters
@@ -122,7 +122,7 @@ class Trainer:
 
     def _log(self, meter, report):
         lr = self.schedule(self.steps) if self.schedule else self.optimizer.param_groups[-1]["lr"]
-        row = meter.flush(self.steps, lr, float(getattr(self, "grad_norm", 0.0)))
+        row = meter.flush(self.steps, lr, float(self.grad_norm))
         lines, metrics = report(self.steps) if report else ([], {})
         for line in lines:
             self.run.log(line)

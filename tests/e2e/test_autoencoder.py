@@ -11,7 +11,7 @@ from engine.checkpoint import read_facts, read_weights
 from engine.errors import InputError
 from pruning.surgery import keep_layers
 
-TRAIN = "--epochs 1 --global-batch-size 32 --num-workers 0".split()
+TRAIN = ["--epochs", "1", "--global-batch-size", "32", "--num-workers", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from engine.checkpoint import read_facts, read_file, read_weights
+from engine.errors import InputError
+from engine.sampling import ImageDraws
 from pruning.patterns import candidate_masks, parse_pattern
 from pruning.surgery import keep_layers
 
-TRAIN = "--epochs 1 --global-batch-size 16 --num-workers 0 --log-every 2".split()
+TRAIN = ["--epochs", "1", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "2"]
 
 
 def metrics(folder):
@@ -32,6 +34,18 @@ def test_extraction(latents, pictures):
     metadata = json.loads((latents / "metadata.json").read_text())
     told = {"images": 64, "shape": [3, 8, 8], "num_classes": 10, "image_size": 8, "vae": "none"}
     assert told.items() <= metadata.items()
+
+
+def test_interrupted_extraction(latents, latents_copy, pictures, run_script):
+    """A second call encodes what is missing, and leaves the rest alone."""
+    features, status = (np.load(latents_copy / f"{name}.npy", mmap_mode="r+") for name in ("features", "status"))
+    features[[5, 60]], status[[5, 60]] = 0, 0
+    features[9] = 7
+    flags = ["--vae", "none", "--image-size", 8, "--data-path", pictures, "--batch-size", 1]
+    run_script("extract_features", *flags, "--features-path", latents_copy)
+    found, whole = (np.load(folder / "features.npy") for folder in (latents_copy, latents))
+    assert (found[9] == 7).all()
+    assert (np.delete(found, 9, 0) == np.delete(whole, 9, 0)).all()
 
 
 def test_run_folder(teacher):
@@ -62,13 +76,31 @@ def test_training_state(teacher):
     assert "pos_embed" not in moved
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision(teacher, latents, tmp_path, run_script, precision):
+    """Training, learning and sampling in half precision; the weights stay in float32."""
+    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--precision", precision, *TRAIN]
+    run_script("train", *flags, "--results-dir", tmp_path)
+    run_script("prune_by_learning", *flags, "--pattern", "1:2", "--delta-w", "--results-dir", tmp_path)
+    checkpoint = tmp_path / "DiT-T-2/checkpoints/0000004.pt"
+    state = read_weights(checkpoint, "--ckpt")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
+    flags = ["--precision", precision, "--num-sampling-steps", 2, "--output", tmp_path / "g.png"]
+    run_script("sample", "--ckpt", checkpoint, *flags)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "g.png")))) > 2
+
+
+def test_loader_processes(teacher, latents, tmp_path, run_script):
+    """The data are the same whoever loads them."""
+    flags = "--model DiT-T/2 --epochs 2 --global-batch-size 16 --lr 3e-3 --ema-decay 0.5 --num-workers 1"
+    run_script("train", *flags.split(), "--data-path", latents, "--results-dir", tmp_path)
+    state = read_weights(tmp_path / "DiT-T-2/checkpoints/0000008.pt", "--ckpt")
+    assert all(torch.equal(state[key], value) for key, value in teacher.state.items())
+
+
 @pytest.mark.parametrize(
     ("update", "pattern"),
-    [
-        ("--delta-w --lora --lora-rank 4", "1:2"),
-        ("--delta-w", "2:4,3:4,2:4"),
-        ("", "2:4x2,4:4"),
-    ],
+    [("--delta-w --lora --lora-rank 4", "1:2"), ("--delta-w", "2:4,3:4,2:4"), ("", "2:4x2,4:4")],
     ids=["lora", "full", "gates"],
 )
 def test_learning(teacher, latents, tmp_path, run_script, same_weights, update, pattern):
@@ -88,6 +120,8 @@ def test_learning(teacher, latents, tmp_path, run_script, same_weights, update, 
     rows = metrics(tmp_path / "learn_mask-DiT-T-2")
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[-1]["kept"] == facts["kept"]
+    assert rows[-1]["confidence"] == facts["confidence"]
+    assert (rows[0]["tau"], rows[0]["scaling"]) == (4, 100)
     assert rows[-1]["tau"] == pytest.approx(0.1)
     log = (tmp_path / "learn_mask-DiT-T-2" / "log.txt").read_text()
     assert f"Final Decision: {facts['kept']}" in log
@@ -216,7 +250,7 @@ def test_sample(student, tmp_path, run_script, monkeypatch):
     assert len(set(made.values())) == 3
 
 
-SAMPLE = "--num-fid-samples 11 --per-proc-batch-size 4 --num-sampling-steps 3 --cfg-scale 1.5".split()
+SAMPLE = ["--num-fid-samples", "11", "--per-proc-batch-size", "4", "--num-sampling-steps", "3", "--cfg-scale", "1.5"]
 
 
 def test_sample_ddp(student, tmp_path, run_script):
@@ -226,7 +260,8 @@ def test_sample_ddp(student, tmp_path, run_script):
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     files = sorted(folder.glob("*.png"))
     assert [f.name for f in files] == [f"{i:06d}.png" for i in range(11)]
-    packed = np.load(f"{folder}.npz")["arr_0"]
+    packed, labels = np.load(f"{folder}.npz").values()
+    assert labels.tolist() == ImageDraws(0, range(11), (), "cpu").labels(10).tolist()
     assert packed.shape == (11, 8, 8, 3)
     assert all((np.asarray(Image.open(f)) == packed[i]).all() for i, f in enumerate(files))
     before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
@@ -245,6 +280,8 @@ def test_sample_ddp_more_images(student, tmp_path, run_script):
     run_script("sample_ddp", *flags)
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     before = {f: f.read_bytes() for f in folder.glob("*.png")}
+    with pytest.raises(InputError, match=r"images with cfg_channels 3, now 2; .*another --sample-dir"):
+        run_script("sample_ddp", *flags, "--cfg-channels", 2)
     run_script("sample_ddp", *flags, "--num-fid-samples", 13)
     assert before.items() <= {f: f.read_bytes() for f in folder.glob("*.png")}.items()
     assert len(np.load(f"{folder}.npz")["arr_0"]) == 13
@@ -268,7 +305,7 @@ def test_published_latents(teacher, latents, tmp_path, run_script):
         for i, value in enumerate(values):
             np.save(tmp_path / f"imagenet8_{kind}" / f"{i}.npy", value)
     flags = "--model DiT-T/2 --vae none --image-size 8 --num-classes 10 --epochs 2 --global-batch-size 16 --lr 3e-3"
-    flags = [*flags.split(), *"--num-workers 0 --ema-decay 0.5 --results-dir".split(), tmp_path]
+    flags = [*flags.split(), *["--num-workers", "0", "--ema-decay", "0.5", "--results-dir"], tmp_path]
     run_script("train", *flags, "--data-path", tmp_path)
     state = read_weights(tmp_path / "DiT-T-2" / "checkpoints" / "0000008.pt", "--ckpt")
     assert all(torch.equal(state[key], value) for key, value in teacher.state.items())

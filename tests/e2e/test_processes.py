@@ -7,7 +7,7 @@ import numpy as np
 from engine.checkpoint import read_facts, read_file, read_weights
 from pruning.surgery import keep_layers
 
-TRAIN = "--epochs 1 --global-batch-size 16 --num-workers 0 --log-every 2".split()
+TRAIN = ["--epochs", "1", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "2"]
 
 
 def finished(result):
@@ -68,7 +68,7 @@ def test_masked_kd(launch, student, teacher, latents, tmp_path):
 
 def test_sampling(launch, student, tmp_path, run_script):
     """The same bytes as from one process, also when some images are there already."""
-    flags = "--num-fid-samples 10 --per-proc-batch-size 3 --num-sampling-steps 3".split()
+    flags = ["--num-fid-samples", "10", "--per-proc-batch-size", "3", "--num-sampling-steps", "3"]
     run_script("sample_ddp", "--ckpt", student, *flags, "--sample-dir", tmp_path / "one")
     (one,) = (f for f in (tmp_path / "one").iterdir() if f.is_dir())
     two = tmp_path / "two" / one.name

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from engine.checkpoint import read_file
+from engine.checkpoint import read_facts, read_file
 from engine.errors import InputError
 
-TRAIN = "--epochs 2 --global-batch-size 16 --num-workers 0 --log-every 1 --ckpt-every 3".split()
+TRAIN = ["--epochs", "2", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "1", "--ckpt-every", "3"]
 
 
 def same(a, b):
@@ -67,7 +67,9 @@ def test_finished_run(teacher, student, latents, tmp_path, run_script, name):
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     files = {f: f.stat().st_mtime_ns for f in (folder / "checkpoints").iterdir()}
     metrics = (folder / "metrics.jsonl").read_text()
+    facts = read_facts(tmp_path / "out.pt")
     run_script(name, *words)
+    assert read_facts(tmp_path / "out.pt") == facts
     assert {f: f.stat().st_mtime_ns for f in (folder / "checkpoints").iterdir()} == files
     assert (folder / "metrics.jsonl").read_text() == metrics
 

@@ -111,7 +111,7 @@ def replace_inputs(z, script, args, patch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(file, dtype) -> a run of the recorded script, made once: z, args, trainer, rows, log (per step), folder."""
+    """(file, dtype) -> a run of the recorded script, made once: z, trainer, rows (per step), log, folder."""
 
     @cache
     def run(key):

@@ -137,7 +137,7 @@ def test_corrupt_images_are_left_out(store):
 
 def test_pending_images(store):
     store.status[[1, 4]] = 0
-    with pytest.raises(InputError, match="2 of 6 images are not encoded yet; run extract_features.py"):
+    with pytest.raises(InputError, match=r"2 of 6 images are not encoded yet; run extract_features\.py"):
         LatentDataset(store.folder)
 
 
@@ -203,7 +203,7 @@ def test_pack_npz_in_index_order(tmp_path):
 def test_pack_npz_of_different_sizes(tmp_path):
     for i, size in enumerate((4, 5)):
         Image.new("RGB", (size, size)).save(tmp_path / f"{i}.png")
-    with pytest.raises(InputError, match="1.png is 5x5, not 4x4"):
+    with pytest.raises(InputError, match=r"1\.png is 5x5, not 4x4"):
         pack_npz(tmp_path / "out.npz", numbered_images(tmp_path), "--pack")
     with pytest.raises(InputError, match="no images to pack"):
         pack_npz(tmp_path / "out.npz", [], "--pack")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from families import create_model, depth_name, depth_of, describe_weights, family_of, model_config, name_of
-from models import DiT, DiT_models
+from models import SIZES, DiT, DiT_models
 
-XL, TINY = {"hidden_size": 1152, "num_heads": 16}, {"hidden_size": 64, "num_heads": 4}
+XL = {"hidden_size": 1152, "num_heads": 16}
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ XL, TINY = {"hidden_size": 1152, "num_heads": 16}, {"hidden_size": 64, "num_head
         ("DiT-XL-D16/2", {**XL, "depth": 16, "patch_size": 2}),
         ("DiT-D5/4", {**XL, "depth": 5, "patch_size": 4}),
         ("DiT-B-D30/8", {"hidden_size": 768, "num_heads": 12, "depth": 30, "patch_size": 8}),
-        ("DiT-T-D6/2", {**TINY, "depth": 6, "patch_size": 2}),
-        ("DiT-T-1-2", {**TINY, "depth": 12, "patch_size": 2, "groups": [[1, 2]] * 6}),
+        ("DiT-T-D6/2", {**SIZES["T"], "depth": 6, "patch_size": 2}),
+        ("DiT-T-1-2", {**SIZES["T"], "patch_size": 2, "groups": [[1, 2]] * 6}),
         ("DiT-D14-2-4", {**XL, "depth": 14, "patch_size": 2, "groups": [[2, 4]] * 3 + [[1, 2]]}),
     ],
 )

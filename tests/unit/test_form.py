@@ -10,9 +10,8 @@ from unittest.mock import patch
 
 import pytest
 
-SCRIPTS = (
-    "extract_features prune_by_learning prune_by_score prune_by_index train train_masked_kd sample sample_ddp".split()
-)
+NAMES = "extract_features prune_by_learning prune_by_score prune_by_index train train_masked_kd sample sample_ddp"
+SCRIPTS = NAMES.split()
 OURS = {"pruning", "diffusion", "engine", "models", "families", "evaluation", "models_mar"}
 THIRD = {"torch", "numpy", "tqdm", "timm", "PIL", "diffusers", "safetensors", "scipy", "torchvision", "sklearn"}
 ALLOWED = {  # part -> modules it may import besides the standard library
