@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.cli import add_unused, check_folder, count, launch, make_parser, report_unused
-from engine.data import CORRUPT, DONE, PENDING, LatentStore
+from engine.cli import add_unused, count, launch, make_parser, report_unused
+from engine.data import CORRUPT, DONE, LatentStore
 from engine.distributed import barrier
-from engine.errors import InputError, RunError
+from engine.errors import InputError, RunError, check_folder
 from engine.images import list_images, load_image
 from engine.run import Run
 from engine.sampling import ImageDraws
@@ -48,10 +48,13 @@ def open_store(args, run, labels, classes, codec):
         "scale": getattr(codec, "scale", 1.0),
         "seed": args.global_seed,
     }
-    if run.is_main:
-        LatentStore.create(args.features_path, labels, metadata)
-    barrier()
-    store = LatentStore(args.features_path, "r+")
+    try:
+        if run.is_main:
+            LatentStore.create(args.features_path, labels, metadata)
+        barrier()
+        store = LatentStore(args.features_path, "r+")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--features-path {args.features_path}: damaged ({error!r}); take another") from None
     different = [name for name, value in metadata.items() if store.metadata.get(name) != value]
     if different or store.labels.tolist() != labels:
         what = different[0] if different else "labels"
@@ -67,8 +70,8 @@ def read_batch(pool, run, paths, images, size):
     def read(i):
         try:
             return load_image(paths[i], size)
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"corrupt image {paths[i]}: {error}")
+        except ValueError as error:
+            tqdm.write(str(error))
             return None
 
     pictures = dict(zip(images, pool.map(read, images), strict=True))
@@ -107,7 +110,6 @@ def main(args):
     store.status.flush()
     barrier()
     corrupt = np.flatnonzero(store.status == CORRUPT)
-    assert not (store.status == PENDING).any()
     run.print(f"{len(paths) - len(corrupt)} of {len(paths)} images encoded in {args.features_path}")
     if len(corrupt):
         names = ", ".join(str(paths[i]) for i in corrupt[:10])

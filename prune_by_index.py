@@ -4,20 +4,10 @@ python prune_by_index.py --model DiT-XL/2 --ckpt pretrained/DiT-XL-2-256x256.pt 
 """
 
 from engine.checkpoint import read_checked
-from engine.cli import (
-    PRUNING_FLAGS,
-    add_unused,
-    check_writable,
-    flag_type,
-    integer_list,
-    launch,
-    make_parser,
-    parse,
-    report_unused,
-)
-from engine.errors import InputError, blame
+from engine.cli import PRUNING_FLAGS, add_unused, flag_type, integer_list, launch, make_parser, parse, report_unused
+from engine.errors import InputError, blame, check_writable
 from engine.run import Run
-from engine.sampling import find_ckpt, save_pruned, told_by_ckpt
+from engine.sampling import check_sampling, find_ckpt, save_pruned, told_by_ckpt
 from families import model_config
 from pruning.patterns import bk_sdm_layers, format_pattern, parse_pattern
 from pruning.surgery import check_layers, keep_layers
@@ -62,6 +52,8 @@ def main(args):
     kept, pattern = choose_layers(args, model_config(args.model)["depth"])
     path = find_ckpt(args)
     state, _ = read_checked(path, "--ckpt", args.model)
+    if args.preview:
+        check_sampling(args, state, path)
     run = Run(args)
     run.print(f"kept layers {kept}")
     save_pruned(run, args, keep_layers(state, kept), source=path, kept=kept, **pattern)

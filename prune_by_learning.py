@@ -9,10 +9,10 @@ import os
 
 from diffusion.objectives import TrainStep
 from engine.checkpoint import read_weights
-from engine.cli import amount, check_folder, check_writable, count, launch, make_parser, parse
+from engine.cli import amount, count, launch, make_parser, parse
 from engine.data import open_latents, told_by_inputs
 from engine.distributed import barrier
-from engine.errors import InputError, blame
+from engine.errors import InputError, blame, check_writable
 from engine.run import Run, run_folder
 from engine.sampling import save_pruned
 from engine.trainer import Trainer, start_network
@@ -63,7 +63,6 @@ def main(args):
     groups = choose_groups(args)
     args.save_model = args.save_model or os.path.join(run_folder(args), "pruned.pt")
     check_writable("--save-model", args.save_model)
-    check_folder("--results-dir", args.results_dir)
     dataset, config = open_latents(args)
     net, facts = start_network(args, {**config, "groups": groups})
 
@@ -91,12 +90,16 @@ def main(args):
 
     def report(k):
         kept, confidence = decide(trainer.ema.module)
-        metrics = {"kept": kept, "confidence": confidence, "tau": gates.tau, "scaling": gates.scaling}
+        metrics = {"kept": kept, "confidence": confidence} | ({"tau": gates.tau, "scaling": gates.scaling} if k else {})
         return [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"], metrics
 
     trainer.fit(dataset, args, total_steps, before_step, report)
     before_step(total_steps - 1)  # for the scaling, in case a finished run was only reopened
-    kept, confidence = decide(trainer.ema.module)
+    save_decision(run, args, groups, *decide(trainer.ema.module))
+
+
+def save_decision(run, args, groups, kept, confidence):
+    """Log the final decision and cut it out of the original weights."""
     run.log(f"[!] Final Decision: {kept}")
     run.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
     if run.is_main:

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from engine.calibration import calibration_batches
 from engine.checkpoint import build_network, read_checked
-from engine.cli import PRUNING_FLAGS, check_writable, count, launch, make_parser, parse
+from engine.cli import PRUNING_FLAGS, count, launch, make_parser, parse
 from engine.data import told_by_latents
-from engine.errors import InputError
+from engine.errors import InputError, check_writable
 from engine.run import Run
-from engine.sampling import find_ckpt, save_pruned, told_by_ckpt
+from engine.sampling import check_sampling, find_ckpt, save_pruned, told_by_ckpt
 from families import family_of, model_config
 from pruning.scores import BlockInfluence, least_influential
 from pruning.surgery import keep_layers
@@ -55,6 +55,8 @@ def main(args):
         raise InputError(f"--nsamples {args.nsamples}: less than one batch; take {args.batch_size} or more")
     path = find_ckpt(args)
     state, config = read_checked(path, "--ckpt", args.model)
+    if args.preview:
+        check_sampling(args, state, path)
     run = Run(args)
     batches = calibration_batches(args, run.device, config)
 

@@ -6,8 +6,8 @@ python sample.py --model DiT-D14/2 --ckpt TinyDiT-D14-MaskedKD-500K.pt --seed 54
 from pathlib import Path
 
 from engine.checkpoint import read_weights
-from engine.cli import check_writable, flag_type, integer_list, launch, make_parser, parse
-from engine.errors import InputError
+from engine.cli import flag_type, integer_list, launch, make_parser, parse
+from engine.errors import InputError, check_writable
 from engine.run import Run
 from engine.sampling import find_ckpt, preview_labels, sample_grid, told_by_ckpt
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.checkpoint import read_weights, write_atomically
-from engine.cli import check_folder, count, launch, make_parser, parse
+from engine.cli import count, launch, make_parser, parse
 from engine.distributed import barrier
-from engine.errors import InputError
+from engine.errors import InputError, check_folder
 from engine.images import numbered_images, pack_npz, save_image, to_uint8
 from engine.run import Run
-from engine.sampling import ImageDraws, find_ckpt, load_for_sampling, sample_images, told_by_ckpt
+from engine.sampling import ImageDraws, check_sampling, find_ckpt, load_for_sampling, sample_images, told_by_ckpt
 
 
 def parse_args(argv=None):
@@ -99,6 +99,7 @@ def main(args):
     check_folder("--sample-dir", args.sample_dir)
     path = find_ckpt(args)
     state = read_weights(path, "--ckpt", prefer_ema=not args.no_ema)
+    check_sampling(args, state, path)
     run = Run(args, one_thread=True)
     folder = open_folder(args, run, path)
     speed = sample_missing(args, run, state, path, folder)

@@ -5,7 +5,7 @@ torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-D14/2 --load-weight 
 """
 
 from diffusion.objectives import TrainStep
-from engine.cli import add_unused, check_folder, launch, make_parser, parse, report_unused
+from engine.cli import add_unused, launch, make_parser, parse, report_unused
 from engine.data import open_latents, told_by_inputs
 from engine.run import Run
 from engine.trainer import Trainer, cosine_schedule, start_network
@@ -24,7 +24,6 @@ def parse_args(argv=None):
 
 def main(args):
     report_unused(args)
-    check_folder("--results-dir", args.results_dir)
     dataset, config = open_latents(args)
     net, facts = start_network(args, config)
 

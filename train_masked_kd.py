@@ -4,17 +4,7 @@ torchrun --nnodes=1 --nproc_per_node=8 train_masked_kd.py --model DiT-D14/2 --lo
     --data-path features --epochs 100 --teacher DiT-XL/2 --load-teacher pretrained/DiT-XL-2-256x256.pt
 """
 
-from engine.cli import (
-    add_unused,
-    amount,
-    check_folder,
-    flag_type,
-    launch,
-    make_parser,
-    model_name,
-    parse,
-    report_unused,
-)
+from engine.cli import add_unused, amount, flag_type, launch, make_parser, model_name, parse, report_unused
 from engine.cli import share as share_type
 from engine.data import open_latents, told_by_inputs
 from engine.errors import InputError, blame
@@ -57,7 +47,6 @@ def pair_layers(args, facts):
 
 def main(args):
     report_unused(args)
-    check_folder("--results-dir", args.results_dir)
     if not args.load_teacher:
         raise InputError("--load-teacher: missing; give the weights of the network to learn from")
     dataset, config = open_latents(args)

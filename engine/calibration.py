@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from engine.data import LatentDataset, check_latents, told_by_latents
-from engine.errors import InputError
+from engine.errors import InputError, blame
 from engine.images import list_images, load_image
 from engine.vae import load_codec
 from families import family_of
@@ -50,7 +50,8 @@ def _pictures(args, device):
     codec = load_codec(args.vae, family_of(args.model).latents, device)
 
     def read(images, mirrored):
-        pictures = [load_image(paths[i], args.image_size) for i in images]
+        with blame("--data-path", args.data_path):
+            pictures = [load_image(paths[i], args.image_size) for i in images]
         pictures = [p.flip(-1) if flip else p for p, flip in zip(pictures, mirrored, strict=True)]
         noise = torch.randn(len(images), *codec.noise_shape(args.image_size), device=device)
         return codec.encode(torch.stack(pictures).to(device), noise), torch.tensor([labels[i] for i in images])

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.errors import InputError, blame
+from engine.vae import shrink_factor
 from families import create_model, describe_weights, expected_shapes, family_of, model_config
 
 ENTRIES = ("ema", "model_ema", "model")  # of a training checkpoint, in order of preference
@@ -32,7 +33,11 @@ def read_file(path, flag):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        reason = str(error).lower()
+        with open(path, "rb") as file:
+            head = file.read(2)
+        is_pickle = head[:1] == b"\x80" and head[1] <= pickle.HIGHEST_PROTOCOL
+        if "global" in reason or ("unsupported operand" in reason and is_pickle):
             raise InputError(
                 f"{flag} {path}: refused, since opening it would run foreign code; expected tensors and plain values"
             ) from None
@@ -104,8 +109,11 @@ def write_facts(path, facts):
     write_atomically(facts_path(path), lambda file: file.write_text(json.dumps(facts, indent=1)))
 
 
-def told_by_weights(path, flag, prefer_ema=True):
-    """Settings that a file of weights tells by facts or shapes: model, image_size, num_classes, perhaps vae."""
+def told_by_weights(path, flag, vae, prefer_ema=True):
+    """Settings that a file of weights tells by facts or shapes: model, image_size, num_classes, perhaps vae.
+
+    vae: the value of --vae, which settles how many pixels a latent stands for; its default gives way to the facts.
+    """
     if not path or not os.path.isfile(path):
         return {}
     facts = read_facts(path)
@@ -114,8 +122,8 @@ def told_by_weights(path, flag, prefer_ema=True):
     told = {name: facts.get(name) or shapes[name] for name in ("model", "num_classes")}
     if facts.get("vae"):
         told["vae"] = facts["vae"]
-    factor = family_of(told["model"] or "DiT").latents.factor if facts.get("vae") != "none" else 1
-    told["image_size"] = shapes["input_size"] * factor
+    latents = family_of(told["model"] or "DiT").latents
+    told["image_size"] = shapes["input_size"] * shrink_factor(vae if vae != "ema" else told.get("vae", vae), latents)
     return {name: value for name, value in told.items() if value is not None}
 
 

@@ -1,9 +1,7 @@
 """Command lines: every shared flag in one table, checks of what users give, and the way a script is started."""
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from engine.distributed import is_main, shutdown
@@ -130,32 +128,6 @@ def report_unused(args, argv=None):
         flag = "--" + dest.replace("_", "-")
         if flag in given and is_main():
             print(f"note: {flag} has no effect", file=sys.stderr)
-
-
-def check_writable(flag, path):
-    """Raise InputError unless a file can be made at `path`; makes nothing that stays."""
-    path = Path(path)
-    if path.is_dir() or not path.name:
-        raise InputError(f"{flag} {path}: is a folder; name a file in it")
-    check_folder(flag, path.absolute().parent)
-
-
-def check_folder(flag, path):
-    """Raise InputError unless the folder `path` exists or can be made, and can be written to."""
-    nearest = Path(path).absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); give another path") from None
-
-
-def check_file(flag, path):
-    """Raise InputError unless `path` is an existing file."""
-    if not os.path.isfile(path):
-        raise InputError(f"{flag} {path}: no such file; expected a file of weights")
 
 
 def launch(main, parse_args):

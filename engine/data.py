@@ -27,6 +27,7 @@ class LatentStore:
     def __init__(self, folder, mode="r"):
         self.folder = Path(folder)
         self.metadata = json.loads((self.folder / "metadata.json").read_text())
+        self.shape = tuple(self.metadata["shape"])
         self.features, self.labels, self.status = (
             np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in ("features", "labels", "status")
         )
@@ -72,10 +73,11 @@ class LatentDataset(Dataset):
 def _open_store(folder):
     try:
         store = LatentStore(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--data-path {folder}: damaged latents ({error}); {READ_AGAIN}") from None
-    if not len(store.features) == len(store.labels) == len(store.status):
-        raise InputError(f"--data-path {folder}: features, labels and status differ in length; {READ_AGAIN}")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--data-path {folder}: damaged latents ({error!r}); {READ_AGAIN}") from None
+    n, expected = len(store.labels), (2, *store.shape)
+    if not (len(store.status) == n and store.features.shape == (n, *expected)):
+        raise InputError(f"--data-path {folder}: features, labels and metadata do not match; {READ_AGAIN}")
     pending = int((store.status == PENDING).sum())
     if pending:
         raise InputError(
@@ -96,14 +98,20 @@ def _open_published(folder):
         detail = f"{unpaired[0]}.npy is in one of *_features and *_labels only" if unpaired else "no files"
         raise InputError(f"--data-path {folder}: {detail}; {READ_AGAIN}")
     names = sorted(files["features"], key=lambda name: (len(name), name))
-    labels = np.array([int(np.load(files["labels"][name]).reshape(-1)[0]) for name in names])
+    try:
+        labels = np.array([int(np.load(files["labels"][name]).reshape(-1)[0]) for name in names])
+        looked_at = names[:: max(1, len(names) // 100)]  # opening all of a million files would take minutes
+        shapes = {np.load(files["features"][name], mmap_mode="r").shape[1:] for name in looked_at}
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"--data-path {folder}: damaged latents ({error}); {READ_AGAIN}") from None
+    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
+        raise InputError(f"--data-path {folder}: expected files of (2, C, h, w), found {shapes}; {READ_AGAIN}")
 
     def read(images, versions):
         pictures = (np.load(files["features"][names[i]], mmap_mode="r") for i in images)
         return np.stack([pair[min(version, len(pair) - 1)] for pair, version in zip(pictures, versions, strict=True)])
 
-    shape = np.load(files["features"][names[0]], mmap_mode="r").shape[1:]
-    return {"shape": list(shape)}, np.arange(len(names)), labels, read
+    return {"shape": list(shapes.pop())}, np.arange(len(names)), labels, read
 
 
 def told_by_latents(folder, told=None):
@@ -123,7 +131,7 @@ def told_by_latents(folder, told=None):
 
 def told_by_inputs(args):
     """Settings for `engine.cli.parse` that --data-path and --load-weight tell."""
-    return told_by_latents(args.data_path, told_by_weights(args.load_weight, "--load-weight"))
+    return told_by_latents(args.data_path, told_by_weights(args.load_weight, "--load-weight", args.vae))
 
 
 def check_latents(dataset, args, size):

@@ -1,6 +1,7 @@
 """Processes: one per GPU under a launcher (NCCL), one per CPU share without GPUs (gloo), or a single one."""
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,9 @@ def start_processes(device="auto"):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {device}: this machine has no usable GPU; take --device cpu")

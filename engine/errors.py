@@ -1,6 +1,8 @@
-"""The two errors that end a script with a message instead of a traceback."""
+"""The two errors that end a script with a message instead of a traceback, and checks of output paths."""
 
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -20,3 +22,23 @@ def blame(flag, value):
         raise
     except ValueError as error:
         raise InputError(f"{flag} {value}: {error}") from None
+
+
+def check_writable(flag, path):
+    """Raise InputError unless a file can be made at `path`; makes nothing that stays."""
+    path = Path(path)
+    if path.is_dir() or not path.name:
+        raise InputError(f"{flag} {path}: is a folder; name a file in it")
+    check_folder(flag, path.absolute().parent)
+
+
+def check_folder(flag, path):
+    """Raise InputError unless the folder `path` exists or can be made, and can be written to."""
+    nearest = Path(path).absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); give another path") from None

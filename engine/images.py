@@ -42,9 +42,12 @@ def center_crop(image, size):
 
 
 def load_image(path, size):
-    """One picture as a tensor (3, size, size) in [-1, 1]. Raises OSError or SyntaxError for a corrupt file."""
-    with Image.open(path) as image:
-        pixels = np.asarray(center_crop(image.convert("RGB"), size))
+    """One picture as a tensor (3, size, size) in [-1, 1]. Raises ValueError for a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(center_crop(image.convert("RGB"), size))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise ValueError(f"corrupt image {path}: {error}; mend or remove it") from None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 

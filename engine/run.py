@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import resource
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 
 from engine import distributed
-from engine.checkpoint import write_atomically
-from engine.errors import InputError
+from engine.checkpoint import read_file, write_atomically
+from engine.errors import InputError, check_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Flags that may change when the same command resumes a run: they do not change its numbers.
@@ -23,6 +24,13 @@ FREE_FLAGS = {"device", "num_workers", "log_every", "ckpt_every", "resume", "sav
 def seed_everything(*parts):
     """Seed all of torch's generators from whole numbers such as (seed, step, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))
+
+
+def peak_memory(device):
+    """Largest memory so far of this process, in GB: of the GPU if it runs on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Run:
@@ -60,7 +68,10 @@ class Run:
         Raises InputError if the folder belongs to a run with other settings, unless --resume is given.
         """
         args = self.args
+        if args.resume and "train_steps" not in read_file(args.resume, "--resume"):
+            raise InputError(f"--resume {args.resume}: no training state; take a file of a run folder's checkpoints")
         self.folder = Path(run_folder(args))
+        check_folder("--results-dir", self.folder / "checkpoints")
         config = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
         config = json.loads(json.dumps(config, default=str))
         if not args.resume:

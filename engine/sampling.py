@@ -48,14 +48,12 @@ def find_ckpt(args):
 def told_by_ckpt(args):
     """Settings for `engine.cli.parse` that the weights of --ckpt tell."""
     check_vae(args.vae, family_of(args.model).latents)
-    return told_by_weights(find_ckpt(args), "--ckpt", prefer_ema=not args.no_ema)
+    return told_by_weights(find_ckpt(args), "--ckpt", args.vae, prefer_ema=not args.no_ema)
 
 
-def load_for_sampling(run, args, state, path):
-    """(network, codec, sampler, latent shape) for checked weights and the flags of a sampling script."""
-    latents = family_of(args.model).latents
-    size = latent_size(args, latents)
-    check_vae(args.vae, latents)
+def check_sampling(args, state, path):
+    """Constructor arguments of the network to sample from; raises InputError if weights and flags do not fit."""
+    size = latent_size(args, family_of(args.model).latents)
     if "groups" in model_config(args.model):
         raise InputError(f"--model {args.model}: has gates; prune with it first, then sample from the pruned weights")
     with blame("--ckpt", path):
@@ -63,14 +61,23 @@ def load_for_sampling(run, args, state, path):
     config = {"input_size": size, "num_classes": args.num_classes}
     config |= {name: shapes[name] for name in ("in_channels", "learn_sigma")}
     check_fit(state, "--ckpt", path, args.model, **config)
-    codec = load_codec(args.vae, latents, run.device)
+    with blame("--num-sampling-steps", args.num_sampling_steps):
+        family_of(args.model).sampler(args)
+    return config
+
+
+def load_for_sampling(run, args, state, path):
+    """(network, codec, sampler, latent shape) for weights and the flags of a sampling script."""
+    config = check_sampling(args, state, path)
+    codec = load_codec(args.vae, family_of(args.model).latents, run.device)
     if codec.channels != config["in_channels"]:
         raise InputError(
             f"--vae {args.vae}: has {codec.channels} channels, but --ckpt {path} works on {config['in_channels']}; "
             "take the autoencoder it was trained with"
         )
     net = build_network(args.model, state, run.device, **config).eval()
-    return net, codec, family_of(args.model).sampler(args).to(run.device), (config["in_channels"], size, size)
+    shape = (config["in_channels"], config["input_size"], config["input_size"])
+    return net, codec, family_of(args.model).sampler(args).to(run.device), shape
 
 
 def sample_grid(run, args, state, path, labels, output):

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import math
-import resource
 import time
 from datetime import timedelta
 
@@ -15,7 +14,7 @@ from engine.checkpoint import build_network, check_fit, read_facts, read_file, r
 from engine.data import latent_loader
 from engine.distributed import all_reduce
 from engine.errors import InputError, RunError
-from engine.run import seed_everything
+from engine.run import peak_memory, seed_everything
 from families import create_model, model_config
 
 
@@ -102,7 +101,8 @@ class Trainer:
         """
         self.resume()
         meter = Meter(self.run, total_steps, args.global_batch_size)
-        self._log(meter, report)
+        if self.steps == 0:
+            self._log(meter, report)
         loader = latent_loader(dataset, args, self.run, range(self.steps, total_steps))
         bar = tqdm(total=total_steps, initial=self.steps, disable=not self.run.is_main, desc=args.model, leave=False)
         for x, y in loader:
@@ -204,10 +204,3 @@ class Meter:
         row |= {"lr": lr, "grad_norm": grad_norm, "images_per_second": rate * self.batch}
         self.sums, self.count, self.start = {}, 0, time.monotonic()
         return row
-
-
-def peak_memory(device):
-    """Largest memory so far of this process, in GB: of the GPU if it runs on one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,6 +1,8 @@
 """Between pictures and latents: a Stable Diffusion autoencoder, or nothing at all (`--vae none`)."""
 
+import json
 import os
+from pathlib import Path
 
 import torch
 
@@ -27,7 +29,8 @@ class AutoencoderCodec:
     """diffusers' AutoencoderKL: pictures (N, 3, H, W) in [-1, 1] <-> scaled latents (N, C, H / factor, W / factor)."""
 
     def __init__(self, vae, latents):
-        self.vae, self.scale, self.factor = vae, latents.scale, latents.factor
+        self.vae, self.factor = vae, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scale = vae.config.scaling_factor or latents.scale
         self.channels = vae.config.latent_channels
 
     def noise_shape(self, size):
@@ -43,9 +46,20 @@ class AutoencoderCodec:
         return self.vae.decode(latents / self.scale).sample
 
 
+def shrink_factor(name, latents):
+    """Pixels per latent, along one side: of the family's autoencoder, of the one in a local folder, or 1 for none."""
+    if name == "none" or name in latents.hub:
+        return 1 if name == "none" else latents.factor
+    try:
+        return 2 ** (len(json.loads((Path(name) / "config.json").read_text())["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"--vae {name}: no config.json of a diffusers AutoencoderKL; expected such a folder") from None
+
+
 def latent_size(args, latents):
     """Height and width of the latents of --image-size; raises InputError if the autoencoder cannot make them."""
-    factor = 1 if args.vae == "none" else latents.factor
+    check_vae(args.vae, latents)
+    factor = shrink_factor(args.vae, latents)
     if args.image_size % factor:
         raise InputError(f"--image-size {args.image_size}: expected a multiple of {factor}, by which --vae shrinks")
     return args.image_size // factor
