@@ -35,7 +35,7 @@ class Family:
     sampler: Callable  # args -> sampler
     patterns: dict = field(default_factory=dict)
     releases: dict = field(default_factory=dict)  # file name -> URL
-    default_release: str = ""
+    default_releases: dict = field(default_factory=dict)  # model -> its release by image size
 
 
 def _gaussian_sampler(args):
@@ -65,7 +65,7 @@ FAMILIES = {
             f"TinyDiT-D{depth}-MaskedKD-500K.pt"
             for depth in (7, 14, 19)
         },
-        default_release="DiT-XL-2-{image_size}x{image_size}.pt",
+        default_releases={"DiT-XL/2": "DiT-XL-2-{image_size}x{image_size}.pt"},
     )
 }
 

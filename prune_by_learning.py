@@ -9,7 +9,7 @@ import os
 
 from diffusion.objectives import TrainStep
 from engine.checkpoint import read_weights
-from engine.cli import amount, count, launch, make_parser, parse
+from engine.cli import TRAINING_FLAGS, amount, count, launch, make_parser, parse
 from engine.data import open_latents, told_by_inputs
 from engine.distributed import barrier
 from engine.errors import InputError, blame, check_writable
@@ -25,12 +25,7 @@ from pruning.surgery import keep_layers
 
 def parse_args(argv=None):
     parser = make_parser(
-        __doc__,
-        "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
-        "log-every ckpt-every resume load-weight prefix ema-decay save-model clip-norm mirror precision device",
-        data_path="data/imagenet/train",
-        prefix="learn_mask",
-        ema_decay=0.999,
+        __doc__, TRAINING_FLAGS + " save-model", data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999
     )
     parser.add_argument(
         "--pattern", help="N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2 (default: the model name's)"
@@ -46,6 +41,8 @@ def parse_args(argv=None):
     for flag, values in (("--tau-range", args.tau_range), ("--scaling-range", args.scaling_range)):
         if len(values) != 2 or min(values) <= 0:
             parser.error(f"{flag} {values}: expected two numbers above 0, the first and the last value")
+    if args.lora and not args.delta_w:
+        parser.error("--lora: needs --delta-w; without it only the gates are learnt")
     return args
 
 
@@ -73,15 +70,8 @@ def main(args):
     weights = weight_update(net, args.delta_w, args.lora_rank if args.lora else None)
     run.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
     step = TrainStep(net, family_of(args.model).objective(args)).to(run.device)
-    trainer = Trainer(
-        run,
-        step,
-        [{"params": weights, "lr": args.lr}, {"params": list(gates), "lr": args.gate_lr}],
-        averaged=gates,
-        ema_decay=args.ema_decay,
-        clip_norm=args.clip_norm,
-        facts=facts,
-    )
+    groups_of_rates = [{"params": weights, "lr": args.lr}, {"params": list(gates), "lr": args.gate_lr}]
+    trainer = Trainer(run, step, groups_of_rates, gates, args, facts=facts)
     total_steps = args.epochs * (len(dataset) // args.global_batch_size)
 
     def before_step(k):

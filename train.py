@@ -5,19 +5,15 @@ torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-D14/2 --load-weight 
 """
 
 from diffusion.objectives import TrainStep
-from engine.cli import add_unused, launch, make_parser, parse, report_unused
+from engine.cli import TRAINING_FLAGS, add_unused, launch, make_parser, parse, report_unused
 from engine.data import open_latents, told_by_inputs
 from engine.run import Run
-from engine.trainer import Trainer, cosine_schedule, start_network
+from engine.trainer import Trainer, start_network
 from families import family_of
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        __doc__,
-        "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
-        "log-every ckpt-every resume load-weight prefix ema-decay lr min-lr clip-norm mirror precision device",
-    )
+    parser = make_parser(__doc__, TRAINING_FLAGS + " lr min-lr")
     add_unused(parser, strict={"action": "store_true"})
     return parse(parser, argv, told_by_inputs)
 
@@ -32,16 +28,7 @@ def main(args):
     net = net(run.device)
     step = TrainStep(net, family_of(args.model).objective(args)).to(run.device)
     total_steps = args.epochs * (len(dataset) // args.global_batch_size)
-    trainer = Trainer(
-        run,
-        step,
-        [{"params": [p for p in net.parameters() if p.requires_grad]}],
-        averaged=net,
-        ema_decay=args.ema_decay,
-        clip_norm=args.clip_norm,
-        schedule=cosine_schedule(args.lr, args.min_lr, total_steps),
-        facts=facts,
-    )
+    trainer = Trainer.for_recovery(run, step, args, total_steps, facts)
     trainer.fit(dataset, args, total_steps)
 
 

@@ -4,29 +4,34 @@ torchrun --nnodes=1 --nproc_per_node=8 train_masked_kd.py --model DiT-D14/2 --lo
     --data-path features --epochs 100 --teacher DiT-XL/2 --load-teacher pretrained/DiT-XL-2-256x256.pt
 """
 
-from engine.cli import add_unused, amount, flag_type, launch, make_parser, model_name, parse, report_unused
-from engine.cli import share as share_type
+from engine.cli import (
+    TRAINING_FLAGS,
+    add_unused,
+    amount,
+    flag_type,
+    launch,
+    make_parser,
+    model_name,
+    parse,
+    report_unused,
+    share,
+)
 from engine.data import open_latents, told_by_inputs
 from engine.errors import InputError, blame
 from engine.run import Run
-from engine.trainer import Trainer, cosine_schedule, start_network
+from engine.trainer import Trainer, start_network
 from families import family_of, model_config
 from pruning.distillation import DistillStep, feature_weight, layer_pairs
 from pruning.patterns import parse_pattern
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        __doc__,
-        "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
-        "log-every ckpt-every resume load-weight prefix ema-decay lr min-lr clip-norm mirror precision device",
-        num_workers=8,
-    )
+    parser = make_parser(__doc__, TRAINING_FLAGS + " lr min-lr", num_workers=8)
     parser.add_argument("--teacher", type=flag_type(model_name), default="DiT-XL/2", help="network of the teacher")
     parser.add_argument("--load-teacher", help="weights of the teacher")
     parser.add_argument("--pattern", help="N:M groups that pair the layers, e.g. 2:4x7 (default: see README)")
     parser.add_argument(
-        "--alpha", type=share_type, default=0.9, help="weight of output distillation; the loss gets the rest"
+        "--alpha", type=share, default=0.9, help="weight of output distillation; the loss gets the rest"
     )
     parser.add_argument("--beta", type=amount, default=1e-2, help="weight of the feature loss in the first epoch")
     parser.add_argument(
@@ -61,16 +66,7 @@ def main(args):
     step = DistillStep(net, teacher(run.device), objective, pairs, args.alpha, args.beta, args.mask_threshold)
     steps_per_epoch = len(dataset) // args.global_batch_size
     total_steps = args.epochs * steps_per_epoch
-    trainer = Trainer(
-        run,
-        step.to(run.device),
-        [{"params": [p for p in net.parameters() if p.requires_grad]}],
-        averaged=net,
-        ema_decay=args.ema_decay,
-        clip_norm=args.clip_norm,
-        schedule=cosine_schedule(args.lr, args.min_lr, total_steps),
-        facts=facts,
-    )
+    trainer = Trainer.for_recovery(run, step.to(run.device), args, total_steps, facts)
 
     def before_step(k):
         step.beta = feature_weight(args.beta, k // steps_per_epoch, args.epochs)

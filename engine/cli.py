@@ -86,6 +86,10 @@ FLAGS = {
     ),
 }
 
+TRAINING_FLAGS = (
+    "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
+    "log-every ckpt-every resume load-weight prefix ema-decay clip-norm mirror precision device"
+)
 PRUNING_FLAGS = (
     "model vae image-size num-classes cfg-scale cfg-channels num-sampling-steps sampler seed ckpt no-ema save-model "
     "preview device"

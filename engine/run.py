@@ -84,6 +84,7 @@ class Run:
             self.logger = logging.getLogger(str(self.folder))
             self.logger.setLevel(logging.INFO)
             self.logger.propagate = False
+            self.logger.handlers.clear()
             for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "log.txt")):
                 handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
                 self.logger.addHandler(handler)

@@ -42,7 +42,10 @@ def sample_images(run, net, sampler, codec, draws, labels, progress=False):
 def find_ckpt(args):
     """Path of the weights to sample from: --ckpt, fetched if it is a published file, or the family's own release."""
     family = family_of(args.model)
-    return fetch(args.ckpt or family.default_release.format(image_size=args.image_size), "--ckpt", family)
+    if not args.ckpt and args.model not in family.default_releases:
+        raise InputError(f"--ckpt: missing; give weights of --model {args.model}, for which none are published")
+    name = args.ckpt or family.default_releases[args.model].format(image_size=args.image_size)
+    return fetch(name, "--ckpt", family)
 
 
 def told_by_ckpt(args):

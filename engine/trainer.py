@@ -60,14 +60,15 @@ class Trainer:
     """Optimizes `step.net` on the losses that `step(x, y)` returns.
 
     groups: parameter groups of AdamW, each with `params` and `lr`. averaged: the module to keep an averaged copy of.
-    schedule: step -> learning rate of all groups; None keeps each group's own. facts: to record with the checkpoints.
+    args: ema_decay and clip_norm. schedule: step -> learning rate of all groups; None keeps each group's own.
+    facts: to record with the checkpoints.
     """
 
-    def __init__(self, run, step, groups, averaged, ema_decay, clip_norm=1.0, schedule=None, facts=None):
+    def __init__(self, run, step, groups, averaged, args, schedule=None, facts=None):
         self.run, self.step, self.net = run, step, step.net
         self.params = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
-        self.ema, self.clip_norm, self.schedule = Ema(averaged, ema_decay), clip_norm, schedule
+        self.ema, self.clip_norm, self.schedule = Ema(averaged, args.ema_decay), args.clip_norm, schedule
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.wrapped, self.steps, self.grad_norm, self.facts = step, 0, 0.0, facts or {}
         if run.world > 1:
@@ -75,6 +76,12 @@ class Trainer:
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self.wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True, **{buffers: False})
+
+    @classmethod
+    def for_recovery(cls, run, step, args, total_steps, facts):
+        """All weights of step.net, along the cosine from --lr to --min-lr."""
+        groups = [{"params": [p for p in step.net.parameters() if p.requires_grad]}]
+        return cls(run, step, groups, step.net, args, cosine_schedule(args.lr, args.min_lr, total_steps), facts)
 
     def train_step(self, x, y):
         """One optimizer step on a batch; returns the per-sample loss terms (N,), detached."""

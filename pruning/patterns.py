@@ -17,7 +17,7 @@ def parse_pattern(text, depth=None):
     """
     groups = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})(?:x(\d{1,4}))?", part)
         if not match:
             raise ValueError(f"{text!r} is not a pattern: expected N:M groups such as 2:4,3:4 or 2:4x3,1:2")
         groups += [[int(match[1]), int(match[2])]] * int(match[3] or 1)

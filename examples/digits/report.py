@@ -6,7 +6,6 @@ import time
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
@@ -139,17 +138,6 @@ def draw_decisions(run, path, depth=12):
     plt.close(figure)
 
 
-def draw_overview(run, path):
-    """Samples beside decisions, for the README."""
-    parts = [Image.open(run / name).convert("RGB") for name in ("samples.png", "decisions.png")]
-    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
-    sheet.save(path)
-
-
 def write(run, files, folders, settings, seconds):
     """Measure all models, print the table, and write report.md, report.json and the pictures into the run folder."""
     rows = measure(files, folders, settings)
@@ -160,5 +148,4 @@ def write(run, files, folders, settings, seconds):
     draw_samples(folders, rows, run / "samples.png")
     draw_losses(run, run / "losses.png")
     draw_decisions(run, run / "decisions.png")
-    draw_overview(run, run / "overview.png")
     print(f"\n{table}\n\n{minutes}\nReport: {run}/report.md, samples.png, losses.png, decisions.png", flush=True)

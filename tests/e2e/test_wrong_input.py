@@ -131,7 +131,7 @@ CASES = {
     "sample device": ("sample --ckpt {student} --device gpu", "--device gpu", "cpu"),
     "vae": ("extract_features --data-path {pictures} --vae best", "--vae best", "ema, mse, none", "folder"),
     "vae of sample": ("sample_ddp --ckpt {student} --vae best", "--vae best", "ema, mse, none"),
-    "vae folder": ("extract_features --data-path {pictures} --vae {empty}", "--vae", "cannot load"),
+    "vae folder": ("extract_features --data-path {pictures} --vae {empty}", "--vae", "cannot load|no config.json"),
     "preview vae": (f"{INDEX} --scheme bk-sdm --preview --image-size 64 --vae {{empty}}", "--vae|--image-size"),
     "steps": ("sample --ckpt {student} --num-sampling-steps 2000", "--num-sampling-steps", "2000"),
     "ddim steps": (

@@ -95,7 +95,7 @@ def test_damaged(tmp_path, state, suffix, kind):
     save_weights(path, state)
     whole = path.read_bytes()
     content = {"half": whole[: len(whole) // 2], "thousand": whole[:1000], "empty": b"", "text": b"no weights here\n"}
-    path.write_bytes({**content, "zeros": bytes(100), "noise": bytes(range(128, 256)) * 8}[kind])
+    path.write_bytes({**content, "zeros": bytes(100), "noise": bytes(range(129, 256)) * 8}[kind])
     with pytest.raises(InputError, match=r"--ckpt .*: no checkpoint, or a truncated one"):
         read_file(path, "--ckpt")
 
