@@ -6,20 +6,29 @@ torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --model DiT-D14/2 \
 A second call makes only what is missing. Image i is the same whatever the number of processes.
 """
 
-import json
 import os
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.checkpoint import read_weights, write_atomically
+from engine.checkpoint import read_weights
 from engine.cli import count, launch, make_parser, parse
 from engine.distributed import barrier
-from engine.errors import InputError, check_folder
+from engine.errors import InputError, blame, check_folder
 from engine.images import numbered_images, pack_npz, save_image, to_uint8
 from engine.run import Run
-from engine.sampling import ImageDraws, check_sampling, find_ckpt, load_for_sampling, sample_images, told_by_ckpt
+from engine.sampling import (
+    ImageDraws,
+    check_sampling,
+    find_ckpt,
+    load_for_sampling,
+    open_sample_folder,
+    pack_samples,
+    sample_images,
+    told_by_ckpt,
+)
+from evaluation.batches import open_images
+from evaluation.evaluate import METRICS, check, doubts, evaluate, load_extractor
 
 
 def parse_args(argv=None):
@@ -35,37 +44,11 @@ def parse_args(argv=None):
     parser.add_argument("--tf32", action="store_true", default=True, help="TF32 matrix products on a GPU (default)")
     parser.add_argument("--no-tf32", action="store_false", dest="tf32", help="full float32 matrix products on a GPU")
     parser.add_argument(
-        "--pack", metavar="FOLDER", help="only pack the pictures of a folder, in the order of their numbers"
+        "--evaluate", metavar="REF", help="then run the evaluator on the samples against this reference"
     )
+    parser.add_argument("--inception", metavar="PATH", help="weights for --evaluate (default: found or downloaded)")
+    parser.add_argument("--pack", metavar="FOLDER", help="only pack the pictures of a folder, by their numbers")
     return parse(parser, argv, lambda args: {} if args.pack else told_by_ckpt(args))
-
-
-def describe(args, path):
-    """What the pictures of a folder depend on."""
-    names = "model vae image_size num_classes cfg_scale cfg_channels num_sampling_steps sampler global_seed no_ema tf32"
-    info = os.stat(path)
-    settings = {name: getattr(args, name) for name in [*names.split(), "precision", "per_proc_batch_size"]}
-    return {**settings, "ckpt": str(path), "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime}
-
-
-def open_folder(args, run, path):
-    """The folder for the pictures; raises InputError if it holds some that were made otherwise."""
-    name = (
-        f"{args.model.replace('/', '-')}-{Path(path).stem}-size-{args.image_size}-vae-{Path(args.vae).name}-"
-        f"cfg-{args.cfg_scale:g}-{args.sampler}-{args.num_sampling_steps}-seed-{args.global_seed}"
-    )
-    folder, settings = Path(args.sample_dir) / name, describe(args, path)
-    record = folder / "sampling.json"
-    old = json.loads(record.read_text()) if record.exists() else settings
-    different = [name for name in settings if old.get(name) != settings[name]]
-    if different:
-        raise InputError(
-            f"--sample-dir {args.sample_dir}: {folder} holds images with {different[0]} {old.get(different[0])}, now "
-            f"{settings[different[0]]}; delete that folder or take another --sample-dir"
-        )
-    if run.is_main:
-        write_atomically(record, lambda file: file.write_text(json.dumps(settings, indent=1)))
-    return folder
 
 
 def sample_missing(args, run, state, path, folder):
@@ -90,6 +73,15 @@ def sample_missing(args, run, state, path, folder):
     return sum(map(len, mine)) / (time.monotonic() - start)
 
 
+def run_evaluator(args, run, reference, path):
+    """What evaluator.py prints for these samples; all processes share the features."""
+    with blame("--evaluate", args.evaluate):
+        samples = open_images(path)
+        for text in doubts(reference, samples, METRICS):
+            run.print(f"warning: {text}")
+        evaluate(reference, samples, load_extractor(path=args.inception, device=run.device))
+
+
 def main(args):
     if args.pack:
         if not os.path.isdir(args.pack):
@@ -100,20 +92,23 @@ def main(args):
     path = find_ckpt(args)
     state = read_weights(path, "--ckpt", prefer_ema=not args.no_ema)
     check_sampling(args, state, path)
+    if args.evaluate:
+        with blame("--evaluate", args.evaluate):
+            reference = open_images(args.evaluate)
+            check(reference, METRICS, is_sample=False)
+        if args.num_fid_samples < 4:
+            raise InputError(f"--num-fid-samples {args.num_fid_samples}: --evaluate needs 4 or more")
     run = Run(args, one_thread=True)
-    folder = open_folder(args, run, path)
+    folder = open_sample_folder(args, run, path)
     speed = sample_missing(args, run, state, path, folder)
     if speed:
         run.print(f"{speed * run.world:.2f} images/s")
     barrier()
     if run.is_main:
-        files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
-        shape = (1,)  # labels are drawn before the noise, so its shape does not matter
-        labels = [
-            ImageDraws(args.global_seed, [i], shape, "cpu").labels(args.num_classes).item() for i in range(len(files))
-        ]
-        run.print(f"wrote {pack_npz(f'{folder}.npz', files, '--sample-dir', labels)}")
+        pack_samples(args, folder)
     barrier()
+    if args.evaluate:
+        run_evaluator(args, run, reference, f"{folder}.npz")
 
 
 if __name__ == "__main__":

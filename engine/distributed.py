@@ -2,6 +2,7 @@
 
 import os
 import re
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ def start_processes(device="auto"):
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The main process may pack or evaluate 50,000 pictures while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     return device
 
 

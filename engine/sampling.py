@@ -1,11 +1,15 @@
 """Pictures by index: label and noise of image i are functions of the seed and i, whoever makes it."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from engine.checkpoint import build_network, check_fit, fetch, save_weights, told_by_weights
+from engine.checkpoint import build_network, check_fit, fetch, save_weights, told_by_weights, write_atomically
 from engine.errors import InputError, blame
-from engine.images import save_grid
+from engine.images import pack_npz, save_grid
 from engine.vae import check_vae, latent_size, load_codec
 from families import depth_name, describe_weights, family_of, model_config
 
@@ -108,3 +112,40 @@ def preview_labels(num_classes):
     if num_classes > max(customary):
         return customary
     return [i * num_classes // 8 for i in range(8)]
+
+
+def describe_samples(args, path):
+    """What the pictures of a folder depend on."""
+    names = "model vae image_size num_classes cfg_scale cfg_channels num_sampling_steps sampler global_seed no_ema tf32"
+    info = os.stat(path)
+    settings = {name: getattr(args, name) for name in [*names.split(), "precision", "per_proc_batch_size"]}
+    return {**settings, "ckpt": str(path), "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime}
+
+
+def open_sample_folder(args, run, path):
+    """The folder for the pictures; raises InputError if it holds some that were made otherwise."""
+    name = (
+        f"{args.model.replace('/', '-')}-{Path(path).stem}-size-{args.image_size}-vae-{Path(args.vae).name}-"
+        f"cfg-{args.cfg_scale:g}-{args.sampler}-{args.num_sampling_steps}-seed-{args.global_seed}"
+    )
+    folder, settings = Path(args.sample_dir) / name, describe_samples(args, path)
+    record = folder / "sampling.json"
+    old = json.loads(record.read_text()) if record.exists() else settings
+    different = [name for name in settings if old.get(name) != settings[name]]
+    if different:
+        raise InputError(
+            f"--sample-dir {args.sample_dir}: {folder} holds images with {different[0]} {old.get(different[0])}, now "
+            f"{settings[different[0]]}; delete that folder or take another --sample-dir"
+        )
+    if run.is_main:
+        write_atomically(record, lambda file: file.write_text(json.dumps(settings, indent=1)))
+    return folder
+
+
+def pack_samples(args, folder):
+    """Write the .npz with pictures and labels, in the order of their numbers."""
+    files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
+    shape = (1,)  # labels are drawn before the noise, so its shape does not matter
+    draws = (ImageDraws(args.global_seed, [i], shape, "cpu") for i in range(len(files)))
+    labels = [draw.labels(args.num_classes).item() for draw in draws]
+    print(f"wrote {pack_npz(f'{folder}.npz', files, '--sample-dir', labels)}", flush=True)

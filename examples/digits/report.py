@@ -13,20 +13,12 @@ from diffusion import create_diffusion
 from diffusion.samplers import GaussianSampler
 from engine.checkpoint import build_network, read_checked, read_facts
 from engine.sampling import ImageDraws
+from evaluation.metrics import frechet_distance_of_features
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "read as asked", "kept layers")
-
-
-def frechet_distance(a, b):
-    """Distance of two Gaussians fitted to the rows of a and b (N, D): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
-    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def load_samples(folder):
@@ -73,7 +65,7 @@ def measure(files, folders, settings):
             layers,
             sum(tensor.numel() for tensor in state.values()),
             round(speed[layers], 1),
-            round(frechet_distance(samples, digits.data), 2),
+            round(frechet_distance_of_features(samples, digits.data), 2),
             round(float((reader.predict(samples) == asked).mean()), 4),
             read_facts(file).get("kept", "all"),
         )

@@ -19,6 +19,7 @@ ALLOWED = {  # part -> modules it may import besides the standard library
     "diffusion": {"torch", "numpy", "tqdm", "diffusion"},
     "models.py": {"torch", "timm", "pruning.gates"},
     "families.py": {"torch", "models", "diffusion", "pruning.gates"},
+    "evaluation": {"torch", "torchvision", "numpy", "scipy", "tqdm", "PIL", "tensorflow", "evaluation"},
     "engine": (OURS | THIRD) - {"pruning", "models"},
 }
 
@@ -86,8 +87,10 @@ def test_no_copied_helper(root):
 
 
 def test_length_of_the_project(root):
-    """Lines that are not blank, of everything but the tests."""
-    lines = [line for path in sources(root) for line in path.read_text().splitlines() if line.strip()]
+    """Lines that are not blank, of everything but the tests and the evaluator with its benchmarks."""
+    evaluator = {"evaluation", "evaluator.py", "benchmarks"}
+    files = [path for path in sources(root) if path.relative_to(root).parts[0] not in evaluator]
+    lines = [line for path in files for line in path.read_text().splitlines() if line.strip()]
     assert len(lines) <= 3200
 
 

@@ -1,0 +1,1 @@
+"""Measurements against plain constructions, each in processes of its own."""

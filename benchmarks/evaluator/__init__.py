@@ -1,0 +1,1 @@
+"""What the evaluator costs, against the plain way to get the same numbers."""

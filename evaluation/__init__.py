@@ -1,0 +1,1 @@
+"""The numbers of the field: features, statistics and metrics of sampled images."""

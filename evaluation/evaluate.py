@@ -1,0 +1,317 @@
+"""The protocol: features of two sets of images, streamed and shared among processes, and the numbers they give."""
+
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation.batches import STATISTICS, digest
+from evaluation.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    frechet_distance_of_features,
+    inception_score,
+    precision_recall,
+)
+
+METRICS = ("is", "fid", "sfid", "pr")
+LABELS = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
+WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
+TAPS = {"fid": ("pool", "mu", "sigma"), "sfid": ("spatial", "mu_s", "sigma_s")}  # metric: features, mean, covariance
+PUBLISHED, FEW = 50_000, 2_048  # samples behind published numbers; fewer than FEW make covariances singular
+
+
+class Extractor:
+    """Features of uint8 images (b, H, W, 3) as numpy arrays: pool (b, 2048), spatial (b, 2023), logits (b, 1008)."""
+
+    def __init__(self, backend, weights, device="cpu"):
+        self.backend, self.weights, self.device = backend, weights, device
+        self.name = {"torch": "PyTorch", "tensorflow": "TensorFlow"}[backend]
+        if backend == "tensorflow":
+            from evaluation.tensorflow_backend import TensorFlowFeatures
+
+            self.features = self.network = TensorFlowFeatures(weights)
+            return
+        import torch
+
+        from evaluation.inception import load_inception
+
+        self.network, self.torch = load_inception(weights, device), torch
+
+    def features(self, images):
+        return [x.cpu().numpy() for x in self.network(self.torch.from_numpy(images).to(self.device))]
+
+    def logits(self, pool):
+        if self.backend == "tensorflow":
+            return self.network.logits(pool)
+        precision = self.torch.get_float32_matmul_precision()
+        self.torch.set_float32_matmul_precision("highest")  # no TF32
+        try:
+            return self.network.logits(self.torch.from_numpy(pool).to(self.device)).cpu().numpy()
+        finally:
+            self.torch.set_float32_matmul_precision(precision)
+
+
+def load_extractor(backend="torch", path=None, device="cpu", offline=False, cache_dir=None):
+    """An Extractor; the first process of a machine looks for the weights, and downloads them if need be."""
+    from evaluation.inception import find_weights
+
+    group, later = _group(), int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if group and later:
+        group.barrier()
+    weights = find_weights(path, offline=offline, cache_dir=cache_dir, graph=backend == "tensorflow")
+    if group and not later:
+        group.barrier()
+    try:
+        return Extractor(backend, weights, device)
+    except ImportError as error:
+        raise ValueError(f"backend {backend}: {error}; install it, or take the other backend") from None
+
+
+def check(images, metrics, is_sample):
+    """Raise ValueError unless the metrics, or "stats" to be saved, can be computed of `images`; needs no network."""
+    needs = {"is": 1 if is_sample else 0, "pr": 4, "stats": 2}
+    if "stats" in metrics and images.statistics:
+        raise ValueError("the images' file holds statistics already; this is for images without")
+    for name, (_, mean, _) in TAPS.items():
+        needs[name] = 0 if mean in images.statistics else 2
+        if name in metrics and needs[name] and images.statistics:
+            raise ValueError(f"{mean} is not among the stored statistics; leave out {name} with --metrics")
+    for name in metrics:
+        if images.n < needs[name]:
+            few = f"holds {images.n} image{'' if images.n == 1 else 's'}" if images.n else "holds statistics only"
+            advice = "" if name == "stats" else f"; leave out {name} with --metrics"
+            raise ValueError(f"{few}, {name} needs {needs[name]} images or more{advice}")
+
+
+def doubts(reference, sample, metrics, rule="adm"):
+    """Reasons why numbers are not comparable with published ones, as sentences."""
+    found = []
+    if "pr" in metrics and rule != "adm":
+        found.append(f"precision and recall from {rule} distances: published ones are rounded to float16")
+    if 0 < sample.n < PUBLISHED and not set(metrics) <= {"pr"}:
+        found.append(f"{sample.n} samples: published numbers are made with {PUBLISHED}")
+    for name, images in (("reference", reference), ("sample", sample)):
+        if 0 < images.n < FEW and ("fid" in metrics or "sfid" in metrics) and not images.statistics:
+            found.append(f"{name}: fewer than {FEW} images make the covariances singular, FID and sFID large")
+        if images.lossy:
+            found.append(f"{name}: JPEG pictures have other features than the images before compression")
+    sizes = {(images.height, images.width) for images in (reference, sample) if images.n}
+    if len(sizes) > 1:
+        sizes = [f"{images.width}x{images.height}" for images in (sample, reference)]
+        found.append(f"samples of {sizes[0]} pixels, but a reference of {sizes[1]}")
+    return found
+
+
+def wanted(images, metrics, is_sample, statistics=False):
+    """What has to be computed of `images`: rows (pool, spatial, logits) and means (mu, mu_s; with covariances)."""
+    want = {"pool"} if "pr" in metrics else set()
+    if "is" in metrics and is_sample:
+        want.add("logits")
+    for name, (tap, mean, _) in TAPS.items():
+        if statistics or (name in metrics and mean not in images.statistics):
+            want.add(mean)
+            if images.n < FEW:
+                want.add(tap)  # few rows: their distance needs no covariance
+    return want
+
+
+def extract(images, extractor, want, batch_size=64, title=""):
+    """A dict of what `want` names, computed by all processes, each a run of the images in file order.
+
+    Only the main process gets it, the others None. Raises ValueError if a feature is not finite.
+    """
+    rank, world = _processes()
+    if not want:
+        return {} if rank == 0 else None
+    start, stop = (images.n * i // world for i in (rank, rank + 1))
+    rows = {key: np.empty((stop - start, width), np.float32) for key, width in WIDTHS.items() if key in want}
+    sums = {tap: FeatureStatistics(WIDTHS[tap]) for tap, mean, _ in TAPS.values() if mean in want}
+    done = start
+    with tqdm(total=stop - start, desc=title, unit="img", disable=rank > 0) as bar:
+        for batch in images.batches(batch_size, start, stop):
+            found = dict(zip(("pool", "spatial"), extractor.features(batch), strict=True))
+            if not all(np.isfinite(x).all() for x in found.values()):
+                raise ValueError(f"features of image {done} or one soon after are not finite; check the weights")
+            if "logits" in rows:
+                found["logits"] = extractor.logits(found["pool"])
+            for key, array in rows.items():
+                array[done - start : done - start + len(batch)] = found[key]
+            for key, total in sums.items():
+                total.update(found[key])
+            done += len(batch)
+            bar.update(len(batch))
+    result = {key: _gather_rows(array, images.n) for key, array in rows.items()}
+    for tap, mean, covariance in TAPS.values():
+        total, *others = _gather(sums[tap]) if tap in sums else [None]
+        for other in others:
+            total.merge(other)
+        if rank == 0 and total:
+            result[mean], result[covariance] = total.mean, total.covariance
+    return result if rank == 0 else None
+
+
+def extract_cached(images, extractor, want, cache_dir, **options):
+    """`extract`, kept in a file whose name depends on the contents of the images, on the weights and on `want`."""
+    if not cache_dir or not want:
+        return extract(images, extractor, want, **options)
+    name = "-".join([images.digest()[:24], digest(extractor.weights)[:24], extractor.backend, *sorted(want)])
+    path = Path(cache_dir) / f"{name}.npz"
+    kept = read_cache(path) if _processes()[0] == 0 else None
+    if _agree(kept is not None):
+        return kept
+    result = extract(images, extractor, want, **options)
+    if result is not None:
+        save_arrays(path, result)
+    return result
+
+
+def read_cache(path):
+    """The arrays of a file, or None if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def save_arrays(path, arrays):
+    """Write an .npz file; nobody sees half of it."""
+    _write(path, lambda file: np.savez(file, **arrays))
+
+
+def save_stats(path, found):
+    """Write mu, sigma, mu_s and sigma_s, as a reference carries them."""
+    save_arrays(path, {key: found[key] for key in STATISTICS})
+
+
+def save_json(path, values):
+    _write(path, lambda file: file.write(json.dumps(values, indent=1).encode() + b"\n"))
+
+
+def compare(reference, sample, metrics, rule="adm"):
+    """Yields (name, number) in the order of the protocol, from two dicts of features and statistics.
+
+    Their entry `few` tells that the rows behind the statistics are there, and fewer than a covariance needs.
+    """
+    if "is" in metrics:
+        yield "is", inception_score(sample.pop("logits"))
+    for name, (tap, mean, covariance) in TAPS.items():
+        if name in metrics:
+            if sample["few"] and reference["few"]:
+                yield name, frechet_distance_of_features(sample[tap], reference[tap])
+            else:
+                yield name, frechet_distance(*(side[key] for side in (sample, reference) for key in (mean, covariance)))
+    if "pr" in metrics:
+        precision, recall = precision_recall(reference["pool"], sample["pool"], rule=rule, progress=True)
+        yield "precision", precision
+        yield "recall", recall
+
+
+def latex(numbers):
+    """The values as cells of a table row."""
+    return " & ".join(f"{value:.{4 if name in ('precision', 'recall') else 2}f}" for name, value in numbers.items())
+
+
+def evaluate(reference, sample, extractor, metrics=METRICS, rule="adm", batch_size=64, cache_dir=None, stats_to=None):
+    """Print the lines of the protocol and return {name: number}; in other processes than the main one, None.
+
+    stats_to: a file for the statistics of the sample.
+    """
+    rank = _processes()[0]
+    say = print if rank == 0 else lambda *words, **options: None
+    say(f"warming up {extractor.name}...", flush=True)
+    found = []
+    for title, images in (("reference", reference), ("sample", sample)):
+        say(f"computing {title} batch activations...", flush=True)
+        want = wanted(images, metrics, images is sample, bool(stats_to) and images is sample)
+        cache, options = None if images is sample else cache_dir, {"batch_size": batch_size, "title": title}
+        features = extract_cached(images, extractor, want, cache, **options)
+        say(f"computing/reading {title} batch statistics...", flush=True)
+        few = images.n < FEW and not images.statistics
+        found.append({**(features or {}), **images.statistics, "few": few})
+    if rank:
+        return None
+    if stats_to:
+        save_stats(stats_to, found[1])
+    say("Computing evaluations...", flush=True)
+    numbers = {}
+    for name, value in compare(*found, metrics, rule):
+        numbers[name] = float(value)
+        print(f"{LABELS[name]}:", numbers[name], flush=True)
+    print("Latex:", latex(numbers), flush=True)
+    return numbers
+
+
+def write_statistics(images, extractor, path, batch_size=64):
+    """Write mu, sigma, mu_s and sigma_s of `images` to an .npz file."""
+    found = extract(images, extractor, {"mu", "mu_s"}, batch_size, "images")
+    if found:
+        save_stats(path, found)
+        print(f"wrote {path}: statistics of {images.n} images", flush=True)
+
+
+def _write(path, write):
+    """Call write(binary file) on a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _group():
+    """torch.distributed if a launcher's processes have joined, else None; without processes torch is not imported."""
+    if "RANK" not in os.environ:
+        return None
+    import torch.distributed as group
+
+    return group if group.is_initialized() else None
+
+
+def _processes():
+    """This process's number, and how many there are."""
+    group = _group()
+    return (group.get_rank(), group.get_world_size()) if group else (0, 1)
+
+
+def _gather(value):
+    """The values of all processes in a list, on the main process; [None] elsewhere."""
+    group = _group()
+    if group is None:
+        return [value]
+    found = [None] * group.get_world_size() if group.get_rank() == 0 else None
+    group.gather_object(value, found)
+    return found or [None]
+
+
+def _gather_rows(array, n, piece=4096):
+    """The n rows of all processes in their order, on the main process; a piece at a time, so nothing is held twice."""
+    if _group() is None:
+        return array
+    rank, world = _processes()
+    whole = np.empty((n, array.shape[1]), array.dtype) if rank == 0 else None
+    for i in range(0, -(-n // world), piece):
+        for other, rows in enumerate(_gather(array[i : i + piece])):
+            if rank == 0:
+                start = n * other // world + i
+                whole[start : start + len(rows)] = rows
+    return whole
+
+
+def _agree(value):
+    """The main process's value, in every process."""
+    group = _group()
+    if group is None:
+        return value
+    box = [value]
+    group.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,134 @@
+"""Reads the constants of a frozen TensorFlow graph: a small reader of the protobuf wire format, without TensorFlow.
+
+The fields used: GraphDef.node = 1; NodeDef.name = 1, op = 2, attr = 5 (key = 1, value = 2); AttrValue.tensor = 8;
+TensorProto.dtype = 1, tensor_shape = 2, tensor_content = 4, float_val = 5, double_val = 6, int_val = 7, int64_val = 10.
+"""
+
+import math
+import struct
+
+import numpy as np
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+WIDTHS = {FIXED64: 8, FIXED32: 4}
+DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 9: np.int64}
+VALUES = {5: "<f", 6: "<d", 7: None, 10: None}  # lists of single values: format of each, or varints
+SIGNED = 1 << 63
+
+
+def read_graph(path):
+    """{name of a Const node: array} of a frozen GraphDef; ValueError if the file is damaged or something else."""
+    try:
+        with open(path, "rb") as file:
+            data = memoryview(file.read())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        nodes = [_node(value) for number, value in _fields(data) if number == 1]
+        consts = {name: _tensor(value) for name, value in nodes if value is not None}
+    except (ValueError, TypeError, KeyError, struct.error, RecursionError) as error:
+        raise ValueError(f"{path}: not a frozen TensorFlow graph, or damaged ({error})") from None
+    found = {name: array for name, array in consts.items() if array is not None}
+    if not found:
+        raise ValueError(f"{path}: not a frozen TensorFlow graph (no constants in it)")
+    return found
+
+
+def _varint(data, at):
+    """(value, next position) of the variable-length integer at `at`."""
+    value = 0
+    for i in range(10):
+        if at + i >= len(data):
+            raise ValueError("the file ends inside a number")
+        value |= (data[at + i] & 0x7F) << 7 * i
+        if data[at + i] < 0x80:
+            return value, at + i + 1
+    raise ValueError("a number is too long")
+
+
+def _fields(data):
+    """(field number, value) of a message; the value is an integer for varints and a memoryview otherwise."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == VARINT:
+            value, at = _varint(data, at)
+        else:
+            size, at = _varint(data, at) if wire == BYTES else (WIDTHS.get(wire), at)
+            if size is None or number == 0:
+                raise ValueError(f"unknown field {number} of kind {wire}")
+            if at + size > len(data):
+                raise ValueError(f"the file ends {at + size - len(data)} bytes too early")
+            value, at = data[at : at + size], at + size
+        yield number, value
+
+
+def _node(data):
+    """(name, TensorProto) of a node; the second is None unless it is a Const."""
+    name, op, tensor = "", "", None
+    for number, value in _fields(data):
+        if number == 1:
+            name = bytes(value).decode()
+        elif number == 2:
+            op = bytes(value).decode()
+        elif number == 5:
+            attr = dict(_fields(value))
+            if bytes(attr[1]) == b"value":
+                tensor = dict(_fields(attr[2])).get(8)
+    if op == "Const" and tensor is None:
+        raise ValueError(f"constant {name} has no value")
+    return name, tensor if op == "Const" else None
+
+
+def _tensor(data):
+    """Array of a TensorProto; None for text and other kinds without numbers."""
+    dtype, shape, content, values = None, (), None, []
+    for number, value in _fields(data):
+        if number == 1:
+            dtype = DTYPES.get(value)
+        elif number == 2:
+            shape = tuple(_dimension(dim) for field, dim in _fields(value) if field == 2)
+        elif number == 4:
+            content = value
+        elif number in VALUES:
+            values += _values(value, VALUES[number])
+    if dtype is None:
+        return None
+    count = math.prod(shape)
+    flat = (
+        np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(dtype) if content else _spread(values, count)
+    )
+    if len(flat) != count:
+        raise ValueError(f"a tensor of shape {shape} holds {len(flat)} values")
+    return flat.astype(dtype).reshape(shape)
+
+
+def _dimension(data):
+    """Size of one dimension (absent: 0)."""
+    size = dict(_fields(data)).get(1, 0)
+    if size >= SIGNED:
+        raise ValueError("a tensor has an open dimension")
+    return size
+
+
+def _values(value, form):
+    """List of the numbers of one field: single or packed, `form` of struct or None for varints."""
+    if isinstance(value, int):
+        numbers = [value]
+    elif form:
+        return [number for (number,) in struct.iter_unpack(form, value)]
+    else:
+        numbers, at = [], 0
+        while at < len(value):
+            number, at = _varint(value, at)
+            numbers.append(number)
+    return [number - 2 * SIGNED if number >= SIGNED else number for number in numbers]
+
+
+def _spread(values, count):
+    """(count,) from a list that may leave out repetitions of its last value."""
+    if count > (1 << 28) or len(values) > count:
+        raise ValueError(f"{len(values)} values for a tensor of {count}")
+    values = values or [0]
+    return np.array((values + values[-1:] * (count - len(values)))[:count])
