@@ -10,7 +10,6 @@ from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective
 from diffusion.samplers import GaussianSampler
 from models import DiT, DiT_models
-from pruning.gates import BlockStack
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,6 @@ def model_config(name):
 def create_model(name, **overrides):
     """Build the network called `name`; `overrides` are constructor arguments, such as input_size or groups."""
     return family_of(name).network(**{**model_config(name), **overrides})
-
-
-def depth_of(net):
-    """Number of layers through all stacks of a network."""
-    return sum(len(module) for module in net.modules() if isinstance(module, BlockStack))
 
 
 def name_of(width, depth, patch, family="DiT"):

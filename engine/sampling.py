@@ -98,7 +98,8 @@ def sample_grid(run, args, state, path, labels, output):
 
 def save_pruned(run, args, state, **facts):
     """Write pruned weights to --save-model with their facts; with --preview also a grid sampled from them."""
-    depth, args.model = describe_weights(state)["depth"], depth_name(args.model, describe_weights(state)["depth"])
+    depth = describe_weights(state)["depth"]
+    args.model = depth_name(args.model, depth)
     facts |= {"model": args.model, "num_classes": args.num_classes, "vae": args.vae}
     save_weights(args.save_model, state, **facts)
     run.print(f"saved {args.save_model}: {depth} layers, {sum(v.numel() for v in state.values()):,} parameters")
