@@ -5,13 +5,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from torch.utils.checkpoint import checkpoint
+
 from pruning.patterns import candidate_masks, check_groups
+from pruning.routing import Routes
 
 INITIAL_LOGIT = 0.02
 
 
 class BlockStack(nn.ModuleList):
-    """The blocks of a transformer, run in order; learning, scoring, surgery and distillation all act here."""
+    """The blocks of a transformer, run in order; learning, scoring, surgery and distillation all act here.
+
+    dense: blend all samples instead of leaving out the backward of skipped ones; the same gradients at a higher price.
+    gate_samples: share of the skipped samples from which the gates learn, see `Routes`; not in the dense form.
+    checkpointing: recompute the activations of every block in the backward instead of keeping them.
+    """
+
+    dense, gate_samples, checkpointing = False, 1.0, False
 
     def forward(self, x, *context, mask=None, kept=None, observe=None):
         """Run the blocks on tokens x (N, T, D).
@@ -19,18 +29,33 @@ class BlockStack(nn.ModuleList):
         mask: (N, L) of 0/1, blends each block with the identity, per sample. kept: layers to run, others are skipped.
         observe: called as observe(layer, tokens_before, tokens_after) behind every block that runs.
         """
+        routes = Routes(mask, self.gate_samples) if mask is not None and not self.dense else None
         for layer, block in enumerate(self):
             if kept is not None and layer not in kept:
                 continue
-            out = block(x, *context)
-            if mask is not None:
-                # This form returns x or block(x) exactly for 0 and 1; x + m * (block(x) - x) would not.
-                m = mask[:, layer].to(out.dtype).view(-1, *[1] * (x.ndim - 1))
-                out = out * m + x * (1 - m)
+            if routes:
+                out = routes.run(self, layer, x, *context)
+            else:
+                out = self.run(block, x, *context)
+                if mask is not None:
+                    # This form returns x or block(x) exactly for 0 and 1; x + m * (block(x) - x) would not.
+                    m = mask[:, layer].to(out.dtype).view(-1, *[1] * (x.ndim - 1))
+                    out = out * m + x * (1 - m)
             if observe is not None:
                 observe(layer, x, out)
             x = out
         return x
+
+    def run(self, block, *inputs):
+        """One block on tokens and context."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def block_stacks(model):
+    """All BlockStacks of a network, in forward order."""
+    return [module for module in model.modules() if isinstance(module, BlockStack)]
 
 
 class LayerGates(nn.ParameterList):
