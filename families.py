@@ -10,6 +10,7 @@ from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective
 from diffusion.samplers import GaussianSampler
 from models import DiT, DiT_models
+from pruning.gates import block_stacks as block_stacks  # for the engine, which does not know pruning
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ class Family:
 
 
 def _gaussian_sampler(args):
-    steps = str(args.num_sampling_steps)
-    diffusion = create_diffusion(f"ddim{steps}" if args.sampler == "ddim" else steps)
-    return GaussianSampler(diffusion, args.sampler, args.cfg_scale, args.cfg_channels)
+    steps = args.num_sampling_steps
+    respacing = {"ddpm": str(steps), "ddim": f"ddim{steps}", "dpmpp": ""}[args.sampler]
+    diffusion, guidance = create_diffusion(respacing), (args.cfg_scale, args.cfg_channels, args.cfg_interval)
+    if steps > diffusion.num_timesteps:
+        raise ValueError(f"the chain has {diffusion.num_timesteps} steps")
+    return GaussianSampler(diffusion, args.sampler, *guidance, num_steps=steps)
 
 
 SD_VAE = Latents(

@@ -9,15 +9,15 @@ import os
 
 from diffusion.objectives import TrainStep
 from engine.checkpoint import read_weights
-from engine.cli import TRAINING_FLAGS, amount, count, launch, make_parser, parse
+from engine.cli import TRAINING_FLAGS, amount, count, launch, make_parser, parse, part
 from engine.data import open_latents, told_by_inputs
 from engine.distributed import barrier
 from engine.errors import InputError, blame, check_writable
-from engine.run import Run, run_folder
+from engine.run import Run, hold_frozen, run_folder
 from engine.sampling import save_pruned
 from engine.trainer import Trainer, start_network
 from families import family_of, model_config
-from pruning.gates import decide, interpolate
+from pruning.gates import block_stacks, decide, interpolate
 from pruning.lora import weight_update
 from pruning.patterns import format_pattern, parse_pattern
 from pruning.surgery import keep_layers
@@ -37,10 +37,16 @@ def parse_args(argv=None):
     parser.add_argument("--gate-lr", type=amount, default=1e-3, help="learning rate of the gates")
     parser.add_argument("--tau-range", type=float, nargs="+", default=[4, 0.1], help="first and last temperature")
     parser.add_argument("--scaling-range", type=float, nargs="+", default=[100.0, 100.0], help="first and last scaling")
+    parser.add_argument(
+        "--gate-samples", type=part, default=1.0, help="share of the skipped samples that gates learn from (see README)"
+    )
+    parser.add_argument("--dense", action="store_true", help="also run the backward of skipped samples (slower)")
     args = parse(parser, argv, told_by_inputs)
     for flag, values in (("--tau-range", args.tau_range), ("--scaling-range", args.scaling_range)):
         if len(values) != 2 or min(values) <= 0:
             parser.error(f"{flag} {values}: expected two numbers above 0, the first and the last value")
+    if args.dense and args.gate_samples < 1:
+        parser.error("--gate-samples: has no meaning with --dense, which runs all samples")
     if args.lora and not args.delta_w:
         parser.error("--lora: needs --delta-w; without it only the gates are learnt")
     return args
@@ -67,7 +73,10 @@ def main(args):
     run.open_folder()
     net = net(run.device)
     gates = net.gumbel_gates
+    for stack in block_stacks(net):
+        stack.dense, stack.gate_samples = args.dense, args.gate_samples
     weights = weight_update(net, args.delta_w, args.lora_rank if args.lora else None)
+    hold_frozen(net, run.precision)
     run.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
     step = TrainStep(net, family_of(args.model).objective(args)).to(run.device)
     groups_of_rates = [{"params": weights, "lr": args.lr}, {"params": list(gates), "lr": args.gate_lr}]

@@ -6,18 +6,14 @@ python sample.py --model DiT-D14/2 --ckpt TinyDiT-D14-MaskedKD-500K.pt --seed 54
 from pathlib import Path
 
 from engine.checkpoint import read_weights
-from engine.cli import flag_type, integer_list, launch, make_parser, parse
+from engine.cli import SAMPLING_FLAGS, flag_type, integer_list, launch, make_parser, parse
 from engine.errors import InputError, check_writable
 from engine.run import Run
 from engine.sampling import find_ckpt, preview_labels, sample_grid, told_by_ckpt
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        __doc__,
-        "model vae image-size num-classes cfg-scale cfg-channels num-sampling-steps sampler seed ckpt no-ema "
-        "precision device",
-    )
+    parser = make_parser(__doc__, SAMPLING_FLAGS + " seed")
     parser.add_argument("--labels", type=flag_type(integer_list), help="classes to draw (default: eight of them)")
     parser.add_argument("--output", help="picture to write (default: named after the weights, in outputs/samples)")
     return parse(parser, argv, told_by_ckpt)

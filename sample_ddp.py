@@ -12,7 +12,7 @@ import time
 from tqdm import tqdm
 
 from engine.checkpoint import read_weights
-from engine.cli import count, launch, make_parser, parse
+from engine.cli import SAMPLING_FLAGS, count, launch, make_parser, parse
 from engine.distributed import barrier
 from engine.errors import InputError, blame, check_folder
 from engine.images import numbered_images, pack_npz, save_image, to_uint8
@@ -32,12 +32,7 @@ from evaluation.evaluate import METRICS, check, doubts, evaluate, load_extractor
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        __doc__,
-        "model vae image-size num-classes cfg-scale cfg-channels num-sampling-steps sampler global-seed ckpt no-ema "
-        "precision device",
-        cfg_scale=1.5,
-    )
+    parser = make_parser(__doc__, SAMPLING_FLAGS + " global-seed", cfg_scale=1.5)
     parser.add_argument("--sample-dir", default="samples", help="parent folder of image folders (default: samples)")
     parser.add_argument("--per-proc-batch-size", type=count, default=32, help="images sampled together (default: 32)")
     parser.add_argument("--num-fid-samples", type=count, default=50000, help="images to make (default: 50000)")

@@ -62,8 +62,8 @@ def main(args):
     run = Run(args, default_precision="fp16")
     run.open_folder()
     net = net(run.device)
-    objective = family_of(args.model).objective(args)
-    step = DistillStep(net, teacher(run.device), objective, pairs, args.alpha, args.beta, args.mask_threshold)
+    teacher, objective = run.freeze(teacher(run.device)), family_of(args.model).objective(args)
+    step = DistillStep(net, teacher, objective, pairs, args.alpha, args.beta, args.mask_threshold)
     steps_per_epoch = len(dataset) // args.global_batch_size
     total_steps = args.epochs * steps_per_epoch
     trainer = Trainer.for_recovery(run, step.to(run.device), args, total_steps, facts)

@@ -46,7 +46,7 @@ def integer_list(text):
         raise ValueError(f"{text!r} is not a list of integers such as [0, 2, 4]") from None
 
 
-count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+count, share, amount, part = number(int, 1), number(float, 0, 1), number(float, 0), number(float, 0.01, 1)
 
 FLAGS = {
     "--model": dict(
@@ -78,7 +78,17 @@ FLAGS = {
     "--cfg-scale": dict(type=amount, default=4.0, help="guidance scale; up to 1 means no guidance"),
     "--cfg-channels": dict(type=count, default=3, help="number of output channels, from the first, that are guided"),
     "--num-sampling-steps": dict(type=count, default=250, help="steps of the sampler"),
-    "--sampler": dict(choices=("ddpm", "ddim"), default="ddpm", help="ancestral sampling or DDIM"),
+    "--sampler": dict(
+        choices=("ddpm", "ddim", "dpmpp"), default="ddpm", help="ancestral, DDIM, or DPM-Solver++ for about 20 steps"
+    ),
+    "--cfg-interval": dict(
+        type=share, nargs=2, default=[0.0, 1.0], help="guide between these parts of the way, 0 noise, 1 picture"
+    ),
+    "--compile": dict(action="store_true", help="compile every block with torch.compile"),
+    "--grad-checkpointing": dict(
+        action="store_true", help="recompute activations in the backward: less memory, more time"
+    ),
+    "--grad-accumulation": dict(type=count, default=1, help="parts that each process's batch is computed in"),
     "--seed": dict(type=number(int, 0), default=0, help="seed of noise and random choices"),
     "--preview": dict(action="store_true", help="also sample a grid from the pruned network, as <save-model>.png"),
     "--no-ema": dict(
@@ -88,11 +98,16 @@ FLAGS = {
 
 TRAINING_FLAGS = (
     "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
-    "log-every ckpt-every resume load-weight prefix ema-decay clip-norm mirror precision device"
+    "log-every ckpt-every resume load-weight prefix ema-decay clip-norm mirror precision device compile "
+    "grad-checkpointing grad-accumulation"
 )
 PRUNING_FLAGS = (
-    "model vae image-size num-classes cfg-scale cfg-channels num-sampling-steps sampler seed ckpt no-ema save-model "
-    "preview device"
+    "model vae image-size num-classes cfg-scale cfg-channels cfg-interval num-sampling-steps sampler seed ckpt no-ema "
+    "save-model preview device"
+)
+SAMPLING_FLAGS = (
+    "model vae image-size num-classes cfg-scale cfg-channels cfg-interval num-sampling-steps sampler ckpt no-ema "
+    "precision device compile"
 )
 
 

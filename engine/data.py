@@ -155,15 +155,17 @@ def open_latents(args):
     """The latents of --data-path, checked against the flags, and the network arguments that they ask for."""
     size = latent_size(args, family_of(args.model).latents)
     dataset = LatentDataset(args.data_path)
-    check_batch(len(dataset), args.global_batch_size, world_size())
+    check_batch(len(dataset), args.global_batch_size, world_size(), args.grad_accumulation)
     channels = check_latents(dataset, args, size)
     return dataset, {"input_size": size, "in_channels": channels, "num_classes": args.num_classes}
 
 
-def check_batch(n, batch, world):
-    """Raise InputError unless the global batch divides by the processes and the data fill at least one."""
+def check_batch(n, batch, world, parts=1):
+    """Raise InputError unless the global batch divides by the processes and their parts, and the data fill one."""
     if batch % world:
         raise InputError(f"--global-batch-size {batch}: not divisible by {world} processes; take a multiple")
+    if batch // world % parts:
+        raise InputError(f"--grad-accumulation {parts}: {batch // world} images a process do not divide by it")
     if n < batch:
         raise InputError(f"--global-batch-size {batch}: larger than the data ({n} images); take {n} or less")
 

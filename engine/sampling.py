@@ -82,7 +82,8 @@ def load_for_sampling(run, args, state, path):
             f"--vae {args.vae}: has {codec.channels} channels, but --ckpt {path} works on {config['in_channels']}; "
             "take the autoencoder it was trained with"
         )
-    net = build_network(args.model, state, run.device, **config).eval()
+    net = run.freeze(build_network(args.model, state, run.device, **config))
+    run.compile(net)
     shape = (config["in_channels"], config["input_size"], config["input_size"])
     return net, codec, family_of(args.model).sampler(args).to(run.device), shape
 
@@ -117,7 +118,10 @@ def preview_labels(num_classes):
 
 def describe_samples(args, path):
     """What the pictures of a folder depend on."""
-    names = "model vae image_size num_classes cfg_scale cfg_channels num_sampling_steps sampler global_seed no_ema tf32"
+    names = (
+        "model vae image_size num_classes cfg_scale cfg_channels cfg_interval num_sampling_steps sampler global_seed "
+    )
+    names += "no_ema tf32 compile"
     info = os.stat(path)
     settings = {name: getattr(args, name) for name in [*names.split(), "precision", "per_proc_batch_size"]}
     return {**settings, "ckpt": str(path), "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime}

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -15,7 +16,7 @@ from engine.data import latent_loader
 from engine.distributed import all_reduce
 from engine.errors import InputError, RunError
 from engine.run import peak_memory, seed_everything
-from families import create_model, model_config
+from families import block_stacks, create_model, model_config
 
 
 def cosine_schedule(lr, min_lr, total_steps):
@@ -60,7 +61,8 @@ class Trainer:
     """Optimizes `step.net` on the losses that `step(x, y)` returns.
 
     groups: parameter groups of AdamW, each with `params` and `lr`. averaged: the module to keep an averaged copy of.
-    args: ema_decay and clip_norm. schedule: step -> learning rate of all groups; None keeps each group's own.
+    args: ema_decay, clip_norm, compile, grad_checkpointing and grad_accumulation.
+    schedule: step -> learning rate of all groups; None keeps each group's own.
     facts: to record with the checkpoints.
     """
 
@@ -71,6 +73,10 @@ class Trainer:
         self.ema, self.clip_norm, self.schedule = Ema(averaged, args.ema_decay), args.clip_norm, schedule
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.wrapped, self.steps, self.grad_norm, self.facts = step, 0, 0.0, facts or {}
+        self.parts = args.grad_accumulation
+        for stack in block_stacks(step.net):
+            stack.checkpointing = args.grad_checkpointing
+        run.compile(step.net)
         if run.world > 1:
             # Buffers are tables that never change. The flag that says so was renamed in torch 2.14.
             known = inspect.signature(DistributedDataParallel).parameters
@@ -88,16 +94,24 @@ class Trainer:
         if self.schedule:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule(self.steps)
-        with self.run.autocast():
-            terms = self.wrapped(x, y)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(terms["loss"].mean()).backward()
+        parts = list(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
+        rows = [self._backward(*part, last=k == len(parts) - 1) for k, part in enumerate(parts)]
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update()
         self.steps += 1
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _backward(self, x, y, last):
+        """Add the gradients of one part of the batch; processes exchange them with the last part only."""
+        alone = nullcontext() if last or self.wrapped is self.step else self.wrapped.no_sync()
+        with alone:
+            with self.run.autocast():
+                terms = self.wrapped(x, y)
+            self.scaler.scale(terms["loss"].mean() / self.parts).backward()
         return {name: term.detach() for name, term in terms.items()}
 
     def fit(self, dataset, args, total_steps, before_step=None, report=None):

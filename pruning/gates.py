@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-
 from torch.utils.checkpoint import checkpoint
 
 from pruning.patterns import candidate_masks, check_groups

@@ -1,7 +1,7 @@
 """Skipped samples need no backward: one layer at a time, gradients only for the samples that keep it.
 
-With a mask m of 0/1 per sample, out = x + m (block(x) - x). Where m = 0, neither the block's weights nor x get a gradient
-through the block; only the gate does, and it needs no more than the number <dL/dout, block(x) - x>.
+With a mask m of 0/1 per sample, out = x + m (block(x) - x). Where m = 0, neither the block's weights nor x get a
+gradient through the block; only the gate does, and it needs no more than the number <dL/dout, block(x) - x>.
 """
 
 import torch
@@ -44,6 +44,9 @@ class Routes:
                 delta = y - inputs[0]
                 inputs = [tensor.index_select(0, skipped) for tensor in (x, *context)]
                 rest = block(*inputs) - inputs[0] if len(skipped) else inputs[0]
+                if torch.is_autocast_enabled(x.device.type):  # as precise as what they are made of
+                    dtype = torch.get_autocast_dtype(x.device.type)
+                    delta, rest = delta.to(dtype), rest.to(dtype)
         gate = self.mask[:, layer]
         return _Merge.apply(x, y.to(x.dtype), gate, delta, rest, kept, skipped, self.weight, *idle)
 

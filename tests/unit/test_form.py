@@ -16,7 +16,7 @@ OURS = {"pruning", "diffusion", "engine", "models", "families", "evaluation", "m
 THIRD = {"torch", "numpy", "tqdm", "timm", "PIL", "diffusers", "safetensors", "scipy", "torchvision", "sklearn"}
 ALLOWED = {  # part -> modules it may import besides the standard library
     "pruning": {"torch", "pruning"},
-    "diffusion": {"torch", "numpy", "tqdm", "diffusion"},
+    "diffusion": {"torch", "numpy", "tqdm", "diffusers", "diffusion"},
     "models.py": {"torch", "timm", "pruning.gates"},
     "families.py": {"torch", "models", "diffusion", "pruning.gates"},
     "evaluation": {"torch", "torchvision", "numpy", "scipy", "tqdm", "PIL", "tensorflow", "evaluation"},

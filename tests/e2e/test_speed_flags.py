@@ -1,0 +1,144 @@
+"""Flags that make runs cheaper leave the numbers alone: sparse or dense, checkpointed, accumulated, compiled, bf16."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.checkpoint import read_file
+from engine.cli import make_parser
+from engine.run import Run
+from engine.trainer import Trainer
+from models import DiT
+
+TRAIN = ["--global-batch-size", "16", "--num-workers", "0", "--log-every", "1", "--epochs"]
+LEARN = ["--model", "DiT-T-1-2", "--delta-w"]
+
+
+def run_training(run_script, latents, folder, name, *words, epochs=1):
+    """Rows of metrics.jsonl, and the last training state, of a run with these flags."""
+    save = ["--save-model", folder / "out.pt"] if name == "prune_by_learning" else []
+    run_script(name, "--data-path", latents, "--results-dir", folder, *save, *TRAIN, epochs, *words)
+    (run,) = (path for path in folder.iterdir() if path.is_dir())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return rows, read_file(max((run / "checkpoints").glob("*.pt")), "--resume")
+
+
+def losses(rows):
+    return torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("update", [["--lora"], []])
+def test_sparse_and_dense_decide_alike(teacher, latents, tmp_path, run_script, update):
+    """200 steps at the same seed, in float32."""
+    words = [*LEARN, *update, "--load-weight", teacher.weights, "--ema-decay", "0.9"]
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "dense").mkdir()
+    found, _ = run_training(run_script, latents, tmp_path / "sparse", "prune_by_learning", *words, epochs=50)
+    dense, _ = run_training(run_script, latents, tmp_path / "dense", "prune_by_learning", *words, "--dense", epochs=50)
+    assert len(losses(found)) == 200
+    assert [row["kept"] for row in found] == [row["kept"] for row in dense]
+    assert found[0]["kept"] != found[-1]["kept"]
+    torch.testing.assert_close(losses(found), losses(dense), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("flags", [["--grad-checkpointing"], ["--compile"]], ids=["checkpointing", "compile"])
+@pytest.mark.parametrize("name", ["train", "prune_by_learning"])
+def test_same_losses(teacher, latents, tmp_path, run_script, name, flags):
+    words = ["--load-weight", teacher.weights, *(LEARN if name == "prune_by_learning" else ["--model", "DiT-T/2"])]
+    found = {}
+    for case, extra in (("plain", []), ("flags", flags)):
+        (tmp_path / case).mkdir()
+        found[case] = losses(run_training(run_script, latents, tmp_path / case, name, *words, *extra)[0])
+    torch.testing.assert_close(found["flags"], found["plain"], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
+def test_bf16(teacher, student, latents, tmp_path, run_script, name):
+    """Another precision, the same run: the loss agrees to bf16's accuracy, the weights stay float32."""
+    words = {
+        "train": ["--load-weight", student],
+        "prune_by_learning": [*LEARN, "--lora", "--load-weight", teacher.weights],
+        "train_masked_kd": ["--load-weight", student, "--teacher", "DiT-T/2", "--load-teacher", teacher.weights],
+    }[name]
+    found = {}
+    for precision in ("fp32", "bf16"):
+        (tmp_path / precision).mkdir()
+        flags = [*words, "--precision", precision]
+        rows, state = run_training(run_script, latents, tmp_path / precision, name, *flags)
+        found[precision] = losses(rows)
+        assert {value.dtype for value in state["ema"].values()} == {torch.float32}
+    torch.testing.assert_close(found["bf16"], found["fp32"], rtol=0.05, atol=0)
+    assert not torch.equal(found["bf16"], found["fp32"])
+
+
+class Fixed(nn.Module):
+    """A step without random draws: squared outputs of a linear map."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, x, y):
+        return {"loss": (self.net(x) - y[:, None]).square().mean(1)}
+
+
+def test_accumulated_step_is_the_whole_step():
+    weights = []
+    for parts in ("1", "4"):
+        parser = make_parser("", "compile grad-checkpointing grad-accumulation precision device ema-decay clip-norm")
+        args = parser.parse_args(["--grad-accumulation", parts, "--device", "cpu"])
+        step = Fixed()
+        trainer = Trainer(Run(args), step, [{"params": list(step.parameters()), "lr": 0.1}], step.net, args)
+        torch.manual_seed(1)
+        for _ in range(3):
+            terms = trainer.train_step(torch.randn(8, 3), torch.randn(8))
+        weights.append(step.net.weight.detach())
+        assert terms["loss"].shape == (8,)
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+class MaskedStep(nn.Module):
+    """A network with given masks; `logits` stand for the gates. Label drops are off."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = DiT(4, 2, 2, 16, 4, 2, num_classes=5, class_dropout_prob=0)
+        self.logits = nn.Parameter(torch.ones(4))
+        for p in self.parameters():
+            nn.init.normal_(p, mean=float(p is self.logits), std=0.2 * (p is not self.logits))
+
+    def forward(self, x, mask):
+        return self.net(x, torch.zeros(len(x)), torch.ones(len(x), dtype=torch.long), mask=mask * self.logits)
+
+
+def save_gradients(rank, world, folder):
+    """One process's part of a batch; the first layers are kept by no sample of one of two processes."""
+    torch.set_num_threads(1)
+    step, part = MaskedStep().double(), slice(rank * 4 // world, (rank + 1) * 4 // world)
+    x = torch.randn(4, 2, 4, 4).double()
+    mask = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]]).double()
+    wrapped = step
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        wrapped = DistributedDataParallel(step)
+    wrapped(x[part], mask[part])[:, :2].square().mean().backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in step.named_parameters() if p.requires_grad}, f"{folder}/{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    """Gradients of gates and weights, with layers that one of the processes does not run at all."""
+    for world in (1, 2):
+        torch.multiprocessing.spawn(save_gradients, (world, str(tmp_path)), nprocs=world)
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        assert (two[name] - expected).abs().max() <= 1e-10 * expected.abs().max(), name

@@ -1,0 +1,64 @@
+"""Samplers: DPM-Solver++ on our own noise schedule, and guidance on a part of the way."""
+
+import pytest
+import torch
+
+from diffusion import create_diffusion
+from diffusion.samplers import GaussianSampler, dpm_scheduler
+from models import DiT
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = DiT(4, 2, 2, 16, 2, 2, num_classes=5).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def count_rows(net, sampler, n=3):
+    """Samples, and how many rows the network was given at each call."""
+    rows = []
+    handle = net.x_embedder.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    torch.manual_seed(0)
+    out = sampler(net, torch.arange(n), torch.randn(n, 2, 4, 4))
+    handle.remove()
+    return out, rows
+
+
+def test_dpm_solver_runs_on_our_schedule():
+    diffusion = create_diffusion()
+    scheduler = dpm_scheduler(diffusion)
+    assert torch.allclose(scheduler.alphas_cumprod.double(), diffusion.alphas_cumprod, rtol=2e-6)
+    assert scheduler.config.algorithm_type == "dpmsolver++"
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_dpm_solver_converges_to_ddim(net):
+    """Both follow the same ordinary differential equation, so with many steps they end at the same pictures."""
+    whole = count_rows(net, GaussianSampler(create_diffusion("ddim1000"), "ddim"))[0]
+    error = {}
+    for steps in (5, 40):
+        sampler = GaussianSampler(create_diffusion(), "dpmpp", num_steps=steps)
+        found, rows = count_rows(net, sampler)
+        assert rows == [3] * steps
+        error[steps] = (found - whole).abs().max().item() / whole.abs().max().item()
+    assert error[40] < 0.02
+    assert error[40] < error[5] / 4
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp"])
+def test_guidance_interval(net, method):
+    """The network is run twice on the part that is guided, and once on the rest."""
+    diffusion = create_diffusion("" if method == "dpmpp" else "ddim10")
+    options = {"cfg_scale": 3.0, "num_steps": 10}
+    everywhere, rows = count_rows(net, GaussianSampler(diffusion, method, **options))
+    assert rows == [6] * 10
+    part, rows = count_rows(net, GaussianSampler(diffusion, method, cfg_interval=(0.2, 0.5), **options))
+    assert rows == [3] * 2 + [6] * 3 + [3] * 5
+    plain = count_rows(net, GaussianSampler(diffusion, method, cfg_scale=1.0, num_steps=10))[0]
+    assert not torch.allclose(part, plain)
+    assert not torch.allclose(part, everywhere)
+    nowhere = count_rows(net, GaussianSampler(diffusion, method, cfg_interval=(0.0, 0.0), **options))[0]
+    assert torch.equal(nowhere, plain)
