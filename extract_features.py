@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.cli import add_unused, count, launch, make_parser, report_unused
+from engine.cli import add_unused, count, launch, make_parser, parse, report_unused
 from engine.data import CORRUPT, DONE, LatentStore
 from engine.distributed import barrier
 from engine.errors import InputError, RunError, check_folder
@@ -21,7 +21,9 @@ from families import family_of
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, "data-path model image-size num-classes global-seed vae num-workers device")
+    parser = make_parser(
+        "extract_features", __doc__, "data-path model image-size num-classes global-seed vae num-workers device"
+    )
     parser.add_argument("--features-path", default="features", help="folder for the latents (default: features)")
     parser.add_argument("--batch-size", type=count, default=8, help="images encoded together with their mirrors")
     add_unused(
@@ -32,7 +34,7 @@ def parse_args(argv=None):
         log_every={"type": int, "default": 100},
         ckpt_every={"type": int, "default": 50000},
     )
-    return parser.parse_args(argv)
+    return parse(parser, argv, lambda args: {})
 
 
 def open_store(args, run, labels, classes, codec):
@@ -40,7 +42,7 @@ def open_store(args, run, labels, classes, codec):
     size = latent_size(args, family_of(args.model).latents)
     metadata = {
         "images": len(labels),
-        "shape": [codec.channels, size, size],
+        "shape": [codec.stored_channels, size, size],
         "num_classes": len(classes),
         "classes": classes,
         "image_size": args.image_size,

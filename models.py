@@ -1,4 +1,4 @@
-"""The DiT network (arXiv 2212.09748), plain or with gates over its layers, and every named size."""
+"""The DiT and SiT networks (arXiv 2212.09748, 2401.08740), plain or with gates over layers, and every named size."""
 
 import math
 from functools import partial
@@ -191,6 +191,14 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
+class SiT(DiT):
+    """The same network as an interpolant: t in [0, 1] from noise to data, and an output without the variance half."""
+
+    def forward(self, x, t, y, drop=None, mask=None, observe=None):
+        """Latents x (N, C, H, W), time t (N,), labels y (N,) -> (N, C, H, W); options as in DiT."""
+        return super().forward(x, t, y, drop, mask, observe)[:, : self.in_channels]
+
+
 SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
@@ -198,26 +206,27 @@ SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "T": {"depth": 12, "hidden_size": 96, "num_heads": 4},  # tiny: for tests and the digits walkthrough
 }
-GATED = {  # name -> size, depth, groups
-    "DiT-XL-1-2": ("XL", 28, [[1, 2]] * 14),
-    "DiT-XL-2-4": ("XL", 28, [[2, 4]] * 7),
-    "DiT-XL-7-14": ("XL", 28, [[7, 14]] * 2),
-    "DiT-XL-1-4": ("XL", 28, [[1, 4]] * 7),
-    "DiT-D14-1-2": ("XL", 14, [[1, 2]] * 7),
+GATED = {  # name behind the family -> size, depth, groups
+    "XL-1-2": ("XL", 28, [[1, 2]] * 14),
+    "XL-2-4": ("XL", 28, [[2, 4]] * 7),
+    "XL-7-14": ("XL", 28, [[7, 14]] * 2),
+    "XL-1-4": ("XL", 28, [[1, 4]] * 7),
+    "D14-1-2": ("XL", 14, [[1, 2]] * 7),
     # 14 layers are no multiple of 4: the last two form a 1:2 group, so that 7 layers stay.
-    "DiT-D14-2-4": ("XL", 14, [[2, 4]] * 3 + [[1, 2]]),
-    "DiT-T-1-2": ("T", 12, [[1, 2]] * 6),
+    "D14-2-4": ("XL", 14, [[2, 4]] * 3 + [[1, 2]]),
+    "T-1-2": ("T", 12, [[1, 2]] * 6),
 }
 
-DiT_models = {
-    f"DiT-{size}/{patch}": partial(DiT, **config, patch_size=patch)
-    for size, config in SIZES.items()
-    for patch in (2, 4, 8)
-}
-DiT_models |= {
-    f"DiT-D{depth}/2": partial(DiT, **{**SIZES["XL"], "depth": depth}, patch_size=2) for depth in (19, 14, 7)
-}
-DiT_models |= {
-    name: partial(DiT, **{**SIZES[size], "depth": depth}, patch_size=2, groups=groups)
-    for name, (size, depth, groups) in GATED.items()
-}
+
+def name_sizes(family, network):
+    """{name: constructor} of all sizes of a network with one stack, pruned and gated ones included."""
+    named = {
+        f"{size}/{patch}": {**config, "patch_size": patch} for size, config in SIZES.items() for patch in (2, 4, 8)
+    }
+    named |= {f"D{depth}/2": {**SIZES["XL"], "depth": depth, "patch_size": 2} for depth in (19, 14, 7)}
+    for name, (size, depth, groups) in GATED.items():
+        named[name] = {**SIZES[size], "depth": depth, "patch_size": 2, "groups": groups}
+    return {f"{family}-{name}": partial(network, **config) for name, config in named.items()}
+
+
+DiT_models, SiT_models = name_sizes("DiT", DiT), name_sizes("SiT", SiT)

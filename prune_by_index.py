@@ -8,7 +8,7 @@ from engine.cli import PRUNING_FLAGS, add_unused, flag_type, integer_list, launc
 from engine.errors import InputError, blame, check_writable
 from engine.run import Run
 from engine.sampling import check_sampling, find_ckpt, save_pruned, told_by_ckpt
-from families import model_config
+from families import stack_layers
 from pruning.patterns import bk_sdm_layers, format_pattern, parse_pattern
 from pruning.surgery import check_layers, keep_layers
 
@@ -16,7 +16,7 @@ SCHEMES = {"bk-sdm": bk_sdm_layers}
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, PRUNING_FLAGS)
+    parser = make_parser("prune_by_index", __doc__, PRUNING_FLAGS, "sample")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--kept-indices", type=flag_type(integer_list), help='layers to keep, as "[0, 2, 4]"')
     choice.add_argument(
@@ -49,7 +49,7 @@ def main(args):
     if not args.save_model:
         raise InputError("--save-model: missing; name the file for the pruned weights")
     check_writable("--save-model", args.save_model)
-    kept, pattern = choose_layers(args, model_config(args.model)["depth"])
+    kept, pattern = choose_layers(args, sum(stack_layers(args.model)))
     path = find_ckpt(args)
     state, _ = read_checked(path, "--ckpt", args.model)
     if args.preview:

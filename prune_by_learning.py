@@ -16,16 +16,22 @@ from engine.errors import InputError, blame, check_writable
 from engine.run import Run, hold_frozen, run_folder
 from engine.sampling import save_pruned
 from engine.trainer import Trainer, start_network
-from families import family_of, model_config
+from families import family_of, model_config, stack_layers
 from pruning.gates import block_stacks, decide, interpolate
 from pruning.lora import weight_update
-from pruning.patterns import format_pattern, parse_pattern
+from pruning.patterns import check_borders, format_pattern, parse_pattern
 from pruning.surgery import keep_layers
 
 
 def parse_args(argv=None):
     parser = make_parser(
-        __doc__, TRAINING_FLAGS + " save-model", data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999
+        "prune_by_learning",
+        __doc__,
+        TRAINING_FLAGS + " save-model",
+        "train",
+        data_path="data/imagenet/train",
+        prefix="learn_mask",
+        ema_decay=0.999,
     )
     parser.add_argument(
         "--pattern", help="N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2 (default: the model name's)"
@@ -57,7 +63,9 @@ def choose_groups(args):
     if args.pattern is None and "groups" not in config:
         raise InputError(f"--model {args.model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
     with blame("--pattern", args.pattern):
-        return parse_pattern(args.pattern or format_pattern(config["groups"]), config["depth"])
+        groups = parse_pattern(args.pattern or format_pattern(config["groups"]), sum(stack_layers(args.model)))
+        check_borders(groups, stack_layers(args.model))
+        return groups
 
 
 def main(args):

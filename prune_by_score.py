@@ -14,13 +14,15 @@ from engine.data import told_by_latents
 from engine.errors import InputError, check_writable
 from engine.run import Run
 from engine.sampling import check_sampling, find_ckpt, save_pruned, told_by_ckpt
-from families import family_of, model_config
+from families import family_of, stack_layers
 from pruning.scores import BlockInfluence, least_influential
 from pruning.surgery import keep_layers
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, PRUNING_FLAGS + " data-path mirror", data_path="data/imagenet/train")
+    parser = make_parser(
+        "prune_by_score", __doc__, PRUNING_FLAGS + " data-path mirror", "train sample", data_path="data/imagenet/train"
+    )
     parser.add_argument("--nsamples", type=count, default=128, help="images to measure on")
     parser.add_argument("--batch-size", type=count, default=16, help="images per batch")
     parser.add_argument("--n-pruned", type=count, required=True, help="number of layers to drop")
@@ -33,9 +35,9 @@ def parse_args(argv=None):
 
 
 @torch.inference_mode()
-def measure(net, objective, batches, clean_steps=None):
+def measure(net, depth, objective, batches, clean_steps=None):
     """Block influence per layer over batches (x, y), noised as in training, or clean at steps below clean_steps."""
-    influence = BlockInfluence(len(net.blocks))
+    influence = BlockInfluence(depth)
     for x, y in batches:
         if clean_steps:
             net(x, torch.randint(clean_steps, (len(x),), device=x.device), y, observe=influence)
@@ -48,7 +50,7 @@ def main(args):
     if not args.save_model:
         raise InputError("--save-model: missing; name the file for the pruned weights")
     check_writable("--save-model", args.save_model)
-    depth = model_config(args.model)["depth"]
+    depth = sum(stack_layers(args.model))
     if args.n_pruned >= depth:
         raise InputError(f"--n-pruned {args.n_pruned}: {args.model} has {depth} layers; expected 1..{depth - 1}")
     if args.nsamples < args.batch_size:
@@ -65,6 +67,7 @@ def main(args):
     total = args.nsamples // args.batch_size
     scores = measure(
         net,
+        depth,
         objective,
         tqdm(batches, total=total, desc="measuring", disable=not run.is_main),
         args.num_sampling_steps if args.clean_latents else None,

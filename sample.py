@@ -10,10 +10,11 @@ from engine.cli import SAMPLING_FLAGS, flag_type, integer_list, launch, make_par
 from engine.errors import InputError, check_writable
 from engine.run import Run
 from engine.sampling import find_ckpt, preview_labels, sample_grid, told_by_ckpt
+from families import family_of
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, SAMPLING_FLAGS + " seed")
+    parser = make_parser("sample", __doc__, SAMPLING_FLAGS + " seed", "sample")
     parser.add_argument("--labels", type=flag_type(integer_list), help="classes to draw (default: eight of them)")
     parser.add_argument("--output", help="picture to write (default: named after the weights, in outputs/samples)")
     return parse(parser, argv, told_by_ckpt)
@@ -26,7 +27,7 @@ def main(args):
             raise InputError(f"--labels {labels}: has {label}, but the classes are 0..{args.num_classes - 1}")
     path = find_ckpt(args)
     name = str(path).strip("/").replace("/", "-").removesuffix(".pt")
-    settings = f"cfg{args.cfg_scale:g}-{args.sampler}{args.num_sampling_steps}-seed{args.seed}"
+    settings = f"cfg{args.cfg_scale:g}-{family_of(args.model).label(args)}-seed{args.seed}"
     output = args.output or str(Path("outputs/samples") / f"{name}-{settings}.png")
     check_writable("--output", output)
     state = read_weights(path, "--ckpt", prefer_ema=not args.no_ema)

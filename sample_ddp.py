@@ -32,7 +32,7 @@ from evaluation.evaluate import METRICS, check, doubts, evaluate, load_extractor
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, SAMPLING_FLAGS + " global-seed", cfg_scale=1.5)
+    parser = make_parser("sample_ddp", __doc__, SAMPLING_FLAGS + " global-seed", "sample", cfg_scale=1.5)
     parser.add_argument("--sample-dir", default="samples", help="parent folder of image folders (default: samples)")
     parser.add_argument("--per-proc-batch-size", type=count, default=32, help="images sampled together (default: 32)")
     parser.add_argument("--num-fid-samples", type=count, default=50000, help="images to make (default: 50000)")

@@ -20,13 +20,13 @@ from engine.data import open_latents, told_by_inputs
 from engine.errors import InputError, blame
 from engine.run import Run
 from engine.trainer import Trainer, start_network
-from families import family_of, model_config
-from pruning.distillation import DistillStep, feature_weight, layer_pairs
-from pruning.patterns import parse_pattern
+from families import family_of, stack_layers
+from pruning.distillation import DistillStep, even_groups, feature_weight, layer_pairs
+from pruning.patterns import check_borders, parse_pattern
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, TRAINING_FLAGS + " lr min-lr", num_workers=8)
+    parser = make_parser("train_masked_kd", __doc__, TRAINING_FLAGS + " lr min-lr", "train", num_workers=8)
     parser.add_argument("--teacher", type=flag_type(model_name), default="DiT-XL/2", help="network of the teacher")
     parser.add_argument("--load-teacher", help="weights of the teacher")
     parser.add_argument("--pattern", help="N:M groups that pair the layers, e.g. 2:4x7 (default: see README)")
@@ -43,11 +43,16 @@ def parse_args(argv=None):
 
 def pair_layers(args, facts):
     """Pairs by --pattern; else evenly; else by the pattern recorded with the weights or known of the release."""
-    student, teacher = model_config(args.model)["depth"], model_config(args.teacher)["depth"]
-    recorded = facts.get("pattern") or family_of(args.model).patterns.get(args.model)
-    text = args.pattern or (recorded if teacher % student else None)
+    family = family_of(args.model)
+    if family_of(args.teacher) is not family:
+        raise InputError(f"--teacher {args.teacher}: is no {family.name}, but --model {args.model} is; take one")
+    student, teacher = stack_layers(args.model), stack_layers(args.teacher)
+    even = all(t % s == 0 for s, t in zip(student, teacher, strict=True))
+    text = args.pattern or (None if even else facts.get("pattern") or family.patterns.get(args.model))
     with blame("--pattern", text or f"for --model {args.model} and --teacher {args.teacher}"):
-        return layer_pairs(student, teacher, parse_pattern(text, teacher) if text else None)
+        groups = parse_pattern(text, sum(teacher)) if text else even_groups(student, teacher)
+        check_borders(groups, teacher)
+        return layer_pairs(sum(student), sum(teacher), groups)
 
 
 def main(args):

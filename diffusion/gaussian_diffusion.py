@@ -220,12 +220,15 @@ class GaussianDiffusion(nn.Module):
 
     # Samplers
 
-    def p_sample(self, model, x, t, clip_denoised=True, model_kwargs=None, noise=None):
-        """One ancestral step: dict of sample (x_{t-1}) and pred_xstart; no noise is added at t = 0."""
+    def p_sample(self, model, x, t, clip_denoised=True, model_kwargs=None, noise=None, temperature=1.0):
+        """One ancestral step: dict of sample (x_{t-1}) and pred_xstart; no noise is added at t = 0.
+
+        temperature: factor of the noise (MAR, section 3.3).
+        """
         out = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs=model_kwargs)
         noise = torch.randn_like(x) if noise is None else noise
         nonzero = (t != 0).float().view(-1, *[1] * (x.ndim - 1))
-        sample = out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
+        sample = out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * (temperature * noise)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(self, model, x, t, clip_denoised=True, model_kwargs=None, noise=None, eta=0.0):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engine.data import LatentDataset, check_latents, told_by_latents
+from engine.data import LatentDataset, check_latents, network_channels, told_by_latents
 from engine.errors import InputError, blame
 from engine.images import list_images, load_image
 from engine.vae import load_codec
@@ -35,7 +35,8 @@ def _has_images(folder):
 
 def _encoded(args, shapes):
     dataset = LatentDataset(args.data_path)
-    channels = check_latents(dataset, args, shapes["input_size"])
+    stored = check_latents(dataset, args, shapes["input_size"])
+    channels = network_channels(stored, family_of(args.model).latents)
     if channels != shapes["in_channels"]:
         raise InputError(
             f"--data-path {args.data_path}: latents have {channels} channels, the network takes {shapes['in_channels']}"

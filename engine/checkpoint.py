@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import InputError, blame
 from engine.vae import shrink_factor
-from families import create_model, describe_weights, expected_shapes, family_of, model_config
+from families import FAMILIES, TOLD, create_model, describe_weights, expected_shapes, family_of, model_config
 
 ENTRIES = ("ema", "model_ema", "model")  # of a training checkpoint, in order of preference
 
@@ -123,7 +123,9 @@ def told_by_weights(path, flag, vae, prefer_ema=True):
     if facts.get("vae"):
         told["vae"] = facts["vae"]
     latents = family_of(told["model"] or "DiT").latents
-    told["image_size"] = shapes["input_size"] * shrink_factor(vae if vae != "ema" else told.get("vae", vae), latents)
+    usual = {next(iter(family.latents.hub)) for family in FAMILIES.values()}  # defaults, of whichever family
+    vae = told.get("vae", next(iter(latents.hub))) if vae in usual else vae
+    told["image_size"] = shapes["input_size"] * shrink_factor(vae, latents)
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -135,16 +137,18 @@ def check_fit(state, flag, path, name, option="--model", **config):
     if found == expected:
         return
     with blame(flag, path):
-        shapes = describe_weights(state)
+        shapes = describe_weights(state, name)
     asked = {**model_config(name), **config}
+    depth, width = sum(shapes["depths"]), shapes["hidden_size"]
     for key, setting in (("num_classes", "--num-classes"), ("in_channels", "--vae"), ("input_size", "--image-size")):
         if key in asked and asked[key] != shapes[key] and shapes["model"] == name:
             raise InputError(f"{flag} {path}: has {key} {shapes[key]}, expected {asked[key]}; change {setting}")
-    if (shapes["depth"], shapes["hidden_size"]) != (asked["depth"], asked["hidden_size"]):
+    stacks = family_of(name).stacks(asked)
+    if (shapes["depths"], width) != (stacks, asked["hidden_size"]):
         advice = f"take {option} {shapes['model']}" if shapes["model"] else "no registered model has this width"
         raise InputError(
-            f"{flag} {path}: has {shapes['depth']} layers of width {shapes['hidden_size']}, but {option} {name} has "
-            f"{asked['depth']} of width {asked['hidden_size']}; {advice}"
+            f"{flag} {path}: has {depth} layers of width {width}, but {option} {name} has "
+            f"{sum(stacks)} of width {asked['hidden_size']}; {advice}"
         )
     different = sorted(set(found.items()) ^ set(expected.items()))
     raise InputError(
@@ -156,8 +160,8 @@ def read_checked(path, flag, name, prefer_ema=True):
     """Weights that fit the model called `name`, and the constructor arguments that their shapes tell."""
     state = read_weights(path, flag, prefer_ema)
     with blame(flag, path):
-        shapes = describe_weights(state)
-    config = {key: shapes[key] for key in ("input_size", "num_classes", "in_channels", "learn_sigma")}
+        shapes = describe_weights(state, name)
+    config = {key: shapes[key] for key in TOLD if key in shapes}
     check_fit(state, flag, path, name, **config)
     return state, config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.distributed import is_main, shutdown
 from engine.errors import InputError, RunError
-from families import model_config
+from families import FAMILIES, family_of, model_config
 
 
 def flag_type(convert):
@@ -72,18 +72,14 @@ FLAGS = {
     "--mirror": dict(type=share, default=0.5, help="probability of taking the mirrored picture"),
     "--lr": dict(type=amount, default=2e-4, help="learning rate of the first step"),
     "--min-lr": dict(type=amount, default=1e-4, help="learning rate at the end of the cosine"),
+    "--weight-decay": dict(type=amount, default=0.0, help="weight decay of AdamW, of matrices only"),
+    "--betas": dict(type=share, nargs=2, default=[0.9, 0.999], help="averages of AdamW"),
+    "--warmup-epochs": dict(type=number(int, 0), default=0, help="epochs in which the learning rate rises from 0"),
     "--clip-norm": dict(type=amount, default=1.0, help="largest gradient norm, over all parameters"),
     "--ckpt": dict(help="weights, or the name of a published file, which is fetched if absent"),
     "--save-model": dict(help="file for the pruned weights (.pt or .safetensors)"),
     "--cfg-scale": dict(type=amount, default=4.0, help="guidance scale; up to 1 means no guidance"),
-    "--cfg-channels": dict(type=count, default=3, help="number of output channels, from the first, that are guided"),
     "--num-sampling-steps": dict(type=count, default=250, help="steps of the sampler"),
-    "--sampler": dict(
-        choices=("ddpm", "ddim", "dpmpp"), default="ddpm", help="ancestral, DDIM, or DPM-Solver++ for about 20 steps"
-    ),
-    "--cfg-interval": dict(
-        type=share, nargs=2, default=[0.0, 1.0], help="guide between these parts of the way, 0 noise, 1 picture"
-    ),
     "--compile": dict(action="store_true", help="compile every block with torch.compile"),
     "--grad-checkpointing": dict(
         action="store_true", help="recompute activations in the backward: less memory, more time"
@@ -102,17 +98,17 @@ TRAINING_FLAGS = (
     "grad-checkpointing grad-accumulation"
 )
 PRUNING_FLAGS = (
-    "model vae image-size num-classes cfg-scale cfg-channels cfg-interval num-sampling-steps sampler seed ckpt no-ema "
-    "save-model preview device"
+    "model vae image-size num-classes cfg-scale num-sampling-steps seed ckpt no-ema save-model preview device"
 )
-SAMPLING_FLAGS = (
-    "model vae image-size num-classes cfg-scale cfg-channels cfg-interval num-sampling-steps sampler ckpt no-ema "
-    "precision device compile"
-)
+SAMPLING_FLAGS = "model vae image-size num-classes cfg-scale num-sampling-steps ckpt no-ema precision device compile"
 
 
-def make_parser(doc, flags, **changes):
-    """A parser with the named rows of FLAGS; `changes` replaces defaults, e.g. epochs=100 (None: as in the table)."""
+def make_parser(script, doc, flags, kinds="", **changes):
+    """A parser with the named rows of FLAGS and, of all families, the flags of some `kinds` ("train", "sample").
+
+    script: its name, under which families have defaults of their own. changes: defaults instead of those of the table,
+    e.g. epochs=100 (None: as in the table).
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in flags.split():
         row = dict(FLAGS[f"--{name}"])
@@ -120,11 +116,36 @@ def make_parser(doc, flags, **changes):
         if dest in changes:
             row["default"] = changes.pop(dest)
             row.pop("required", None)
+        others = {family.name: defaults_of(family, script).get(dest) for family in FAMILIES.values()}
         if row.get("default") not in (None, ""):
-            row["help"] += f" (default: {row['default']})"
+            known = [f"{family}: {value}" for family, value in others.items() if value not in (None, row["default"])]
+            row["help"] += f" (default: {'; '.join([str(row['default']), *known])})"
         parser.add_argument(f"--{name}", **row)
     assert not changes, changes
+    parser.set_defaults(script=script)
+    parser.families = add_family_flags(parser, kinds.split())
     return parser
+
+
+def add_family_flags(parser, kinds):
+    """Add the flags that not all families have, with the default None; {flag: {family: its default there}}."""
+    found = {}
+    for family in FAMILIES.values():
+        for name, row in (flag for kind in kinds for flag in family.flags[kind].items()):
+            dest = name.replace("-", "_")
+            if dest not in found:
+                owners = [f.name for f in FAMILIES.values() if any(name in f.flags[kind] for kind in kinds)]
+                shown = f"; default: {row['default']}" if row["default"] not in (None, False) else ""
+                text = f"{row['help']} ({', '.join(owners)}{shown})"
+                flag = name if row.get("nargs") == "?" else f"--{name}"
+                parser.add_argument(flag, **{**row, "default": None, "help": text})
+            found.setdefault(dest, {})[family.name] = row["default"]
+    return found
+
+
+def defaults_of(family, script):
+    """Defaults of shared flags that a family has for a script."""
+    return family.defaults.get("all", {}) | family.defaults.get(script, {})
 
 
 def add_unused(parser, **flags):
@@ -135,10 +156,29 @@ def add_unused(parser, **flags):
 
 
 def parse(parser, argv, read_facts):
-    """Parse twice: what the files named on the command line tell becomes the default of the flags not given."""
+    """Parse more than once: what the family of --model and the files on the command line tell are defaults.
+
+    read_facts(args) -> {flag: what the files tell}; the model it tells counts only if none is given.
+    """
     args = parser.parse_args(argv)
-    parser.set_defaults(**read_facts(args))
-    return parser.parse_args(argv)
+    parser.shared = {a.dest: a.default for a in parser._actions if a.dest not in {"help", *parser.families}}
+    for _ in range(2):  # the files may tell the model, and so the family
+        set_family_defaults(parser, family_of(args.model))
+        told = read_facts(parser.parse_args(argv))
+        parser.set_defaults(**told)
+        args = parser.parse_args(argv)
+    family = family_of(args.model).name
+    for dest, owners in parser.families.items():
+        if family not in owners and getattr(args, dest) not in (None, False):
+            flag = "--" + dest.replace("_", "-") if dest != "mode" else getattr(args, dest)
+            parser.error(f"{flag}: is for {' and '.join(owners)}, but --model {args.model} is a {family}")
+    return args
+
+
+def set_family_defaults(parser, family):
+    known = {k: v for k, v in defaults_of(family, parser.get_default("script")).items() if k in parser.shared}
+    own = {dest: owners.get(family.name) for dest, owners in parser.families.items()}
+    parser.set_defaults(**{**parser.shared, **known, **own})
 
 
 def report_unused(args, argv=None):

@@ -157,7 +157,13 @@ def open_latents(args):
     dataset = LatentDataset(args.data_path)
     check_batch(len(dataset), args.global_batch_size, world_size(), args.grad_accumulation)
     channels = check_latents(dataset, args, size)
-    return dataset, {"input_size": size, "in_channels": channels, "num_classes": args.num_classes}
+    config = {"input_size": size, "num_classes": args.num_classes}
+    return dataset, config | {"in_channels": network_channels(channels, family_of(args.model).latents)}
+
+
+def network_channels(stored, latents):
+    """Channels that the network works on: half of the stored ones if these are moments."""
+    return stored // 2 if latents.moments and stored == 2 * latents.channels else stored
 
 
 def check_batch(n, batch, world, parts=1):

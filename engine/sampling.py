@@ -11,7 +11,7 @@ from engine.checkpoint import build_network, check_fit, fetch, save_weights, tol
 from engine.errors import InputError, blame
 from engine.images import pack_npz, save_grid
 from engine.vae import check_vae, latent_size, load_codec
-from families import depth_name, describe_weights, family_of, model_config
+from families import TOLD, depth_name, describe_weights, family_of, model_config
 
 
 class ImageDraws:
@@ -30,9 +30,10 @@ class ImageDraws:
         drawn = [torch.randint(num_classes, (), generator=g) for g in self.generators]
         return torch.stack(drawn).to(self.device)
 
-    def noise(self, step=None):
+    def noise(self, step=None, shape=None):
         """The next standard normal tensor (N, *shape); `step` is ignored, so this serves as `step_noise`."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        drawn = [torch.randn(shape or self.shape, generator=g) for g in self.generators]
+        return torch.stack(drawn).to(self.device)
 
 
 @torch.inference_mode()
@@ -64,12 +65,14 @@ def check_sampling(args, state, path):
     if "groups" in model_config(args.model):
         raise InputError(f"--model {args.model}: has gates; prune with it first, then sample from the pruned weights")
     with blame("--ckpt", path):
-        shapes = describe_weights(state)
-    config = {"input_size": size, "num_classes": args.num_classes}
-    config |= {name: shapes[name] for name in ("in_channels", "learn_sigma")}
+        shapes = describe_weights(state, args.model)
+    config = {name: shapes[name] for name in TOLD if name in shapes}
+    config |= {"input_size": size, "num_classes": args.num_classes}
     check_fit(state, "--ckpt", path, args.model, **config)
     with blame("--num-sampling-steps", args.num_sampling_steps):
         family_of(args.model).sampler(args)
+    with blame("--model", args.model):
+        family_of(args.model).check(args, config)
     return config
 
 
@@ -99,8 +102,8 @@ def sample_grid(run, args, state, path, labels, output):
 
 def save_pruned(run, args, state, **facts):
     """Write pruned weights to --save-model with their facts; with --preview also a grid sampled from them."""
-    depth = describe_weights(state)["depth"]
-    args.model = depth_name(args.model, depth)
+    depths = describe_weights(state, args.model)["depths"]
+    args.model, depth = depth_name(args.model, depths), sum(depths)
     facts |= {"model": args.model, "num_classes": args.num_classes, "vae": args.vae}
     save_weights(args.save_model, state, **facts)
     run.print(f"saved {args.save_model}: {depth} layers, {sum(v.numel() for v in state.values()):,} parameters")
@@ -118,12 +121,21 @@ def preview_labels(num_classes):
 
 def describe_samples(args, path):
     """What the pictures of a folder depend on."""
-    names = (
-        "model vae image_size num_classes cfg_scale cfg_channels cfg_interval num_sampling_steps sampler global_seed "
-    )
-    names += "no_ema tf32 compile"
+    names = [
+        "model",
+        "vae",
+        "image_size",
+        "num_classes",
+        "cfg_scale",
+        "num_sampling_steps",
+        "global_seed",
+        "no_ema",
+        "tf32",
+        "compile",
+    ]
+    names += [flag.replace("-", "_") for flag in family_of(args.model).flags["sample"]]
     info = os.stat(path)
-    settings = {name: getattr(args, name) for name in [*names.split(), "precision", "per_proc_batch_size"]}
+    settings = {name: getattr(args, name) for name in [*names, "precision", "per_proc_batch_size"]}
     return {**settings, "ckpt": str(path), "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime}
 
 
@@ -131,7 +143,7 @@ def open_sample_folder(args, run, path):
     """The folder for the pictures; raises InputError if it holds some that were made otherwise."""
     name = (
         f"{args.model.replace('/', '-')}-{Path(path).stem}-size-{args.image_size}-vae-{Path(args.vae).name}-"
-        f"cfg-{args.cfg_scale:g}-{args.sampler}-{args.num_sampling_steps}-seed-{args.global_seed}"
+        f"cfg-{args.cfg_scale:g}-{family_of(args.model).label(args)}-seed-{args.global_seed}"
     )
     folder, settings = Path(args.sample_dir) / name, describe_samples(args, path)
     record = folder / "sampling.json"

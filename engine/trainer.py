@@ -16,12 +16,30 @@ from engine.data import latent_loader
 from engine.distributed import all_reduce
 from engine.errors import InputError, RunError
 from engine.run import peak_memory, seed_everything
-from families import block_stacks, create_model, model_config
+from families import block_stacks, create_model, family_of, model_config
 
 
-def cosine_schedule(lr, min_lr, total_steps):
-    """Learning rate as a function of the step: from `lr` at step 0 along a cosine to `min_lr` at `total_steps`."""
-    return lambda step: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
+def cosine_schedule(lr, min_lr, total_steps, warmup_steps=0):
+    """Learning rate as a function of the step: up to `lr` in `warmup_steps`, then along a cosine to `min_lr`."""
+
+    def rate(step):
+        if step < warmup_steps:
+            return lr * step / warmup_steps
+        way = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(way, 1))) / 2
+
+    return rate
+
+
+def decay_groups(net, weight_decay, exempt):
+    """Parameter groups of AdamW: vectors, biases and what has a part of `exempt` in its name do not decay."""
+    groups = {True: [], False: []}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim > 1 and not name.endswith(".bias") and not any(word in name for word in exempt)].append(p)
+    if not weight_decay:
+        return [{"params": [p for p in net.parameters() if p.requires_grad]}]
+    return [{"params": params, "weight_decay": weight_decay * decays} for decays, params in groups.items() if params]
 
 
 def start_network(args, config, name=None, path=None, flag="--load-weight", option="--model"):
@@ -86,8 +104,12 @@ class Trainer:
     @classmethod
     def for_recovery(cls, run, step, args, total_steps, facts):
         """All weights of step.net, along the cosine from --lr to --min-lr."""
-        groups = [{"params": [p for p in step.net.parameters() if p.requires_grad]}]
-        return cls(run, step, groups, step.net, args, cosine_schedule(args.lr, args.min_lr, total_steps), facts)
+        groups = decay_groups(step.net, getattr(args, "weight_decay", 0.0), family_of(args.model).no_decay)
+        for group in groups:
+            group["betas"] = tuple(getattr(args, "betas", (0.9, 0.999)))
+        warmup = total_steps * getattr(args, "warmup_epochs", 0) // args.epochs
+        schedule = cosine_schedule(args.lr, args.min_lr, total_steps, warmup)
+        return cls(run, step, groups, step.net, args, schedule, facts)
 
     def train_step(self, x, y):
         """One optimizer step on a batch; returns the per-sample loss terms (N,), detached."""

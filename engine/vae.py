@@ -12,7 +12,7 @@ from engine.errors import InputError
 class Pixels:
     """No autoencoder: the network works on the pixels themselves."""
 
-    channels = 3
+    channels = stored_channels = 3
 
     def encode(self, images, noise):
         return images
@@ -26,12 +26,16 @@ class Pixels:
 
 
 class AutoencoderCodec:
-    """diffusers' AutoencoderKL: pictures (N, 3, H, W) in [-1, 1] <-> scaled latents (N, C, H / factor, W / factor)."""
+    """diffusers' AutoencoderKL: pictures (N, 3, H, W) in [-1, 1] <-> scaled latents (N, C, H / factor, W / factor).
+
+    Of a family that samples latents at every visit, `encode` gives the moments: mean and log-variance, unscaled.
+    """
 
     def __init__(self, vae, latents):
         self.vae, self.factor = vae, 2 ** (len(vae.config.block_out_channels) - 1)
         self.scale = vae.config.scaling_factor or latents.scale
-        self.channels = vae.config.latent_channels
+        self.channels, self.moments = vae.config.latent_channels, latents.moments
+        self.stored_channels = self.channels * (2 if latents.moments else 1)
 
     def noise_shape(self, size):
         return (self.channels, size // self.factor, size // self.factor)
@@ -39,6 +43,8 @@ class AutoencoderCodec:
     @torch.no_grad()
     def encode(self, images, noise):
         posterior = self.vae.encode(images).latent_dist
+        if self.moments:
+            return torch.cat([posterior.mean, posterior.logvar], dim=1)
         return (posterior.mean + posterior.std * noise) * self.scale
 
     @torch.no_grad()
@@ -48,7 +54,7 @@ class AutoencoderCodec:
 
 def shrink_factor(name, latents):
     """Pixels per latent, along one side: of the family's autoencoder, of the one in a local folder, or 1 for none."""
-    if name == "none" or name in latents.hub:
+    if name == "none" or name in latents.hub or os.path.isfile(name):
         return 1 if name == "none" else latents.factor
     try:
         return 2 ** (len(json.loads((Path(name) / "config.json").read_text())["block_out_channels"]) - 1)
@@ -67,7 +73,8 @@ def latent_size(args, latents):
 
 def check_vae(name, latents):
     """Raise InputError unless --vae is a known short name, none or a folder."""
-    if name != "none" and name not in latents.hub and not os.path.isdir(name):
+    kl16 = os.path.isfile(name) and latents.moments
+    if name != "none" and name not in latents.hub and not os.path.isdir(name) and not kl16:
         expected = ", ".join([*latents.hub, "none"])
         raise InputError(
             f"--vae {name}: no such folder; expected {expected} or a folder with a diffusers AutoencoderKL"
@@ -79,6 +86,11 @@ def load_codec(name, latents, device):
     check_vae(name, latents)
     if name == "none":
         return Pixels()
+    source = latents.hub.get(name, name)
+    if os.path.isfile(source) or source.startswith("https://"):
+        from engine.kl16 import load_kl16
+
+        return AutoencoderCodec(load_kl16(source).to(device).eval().requires_grad_(False), latents)
     from diffusers.models import AutoencoderKL  # slow to import, and not needed for pixels
 
     try:

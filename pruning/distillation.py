@@ -2,8 +2,22 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from pruning.patterns import check_groups, group_ends
+
+
+def even_groups(student, teacher):
+    """Groups of equal size in every stack, given the layers of the student's stacks and of the teacher's.
+
+    Raises ValueError unless the latter are multiples of the former.
+    """
+    groups = []
+    for s, t in zip(student, teacher, strict=True):
+        if t % s:
+            raise ValueError(f"{s} student and {t} teacher layers do not pair up evenly: give the pattern")
+        groups += [[1, t // s]] * s
+    return groups
 
 
 def layer_pairs(student_depth, teacher_depth, groups=None):
@@ -11,12 +25,7 @@ def layer_pairs(student_depth, teacher_depth, groups=None):
 
     Without `groups` the teacher's depth must be a multiple of the student's. Raises ValueError when nothing fits.
     """
-    if groups is None:
-        if teacher_depth % student_depth:
-            raise ValueError(
-                f"{student_depth} student and {teacher_depth} teacher layers do not pair up evenly: give the pattern"
-            )
-        groups = [[1, teacher_depth // student_depth]] * student_depth
+    groups = groups or even_groups([student_depth], [teacher_depth])
     check_groups(groups, teacher_depth)
     kept = sum(n for n, _ in groups)
     if kept != student_depth:
@@ -24,20 +33,44 @@ def layer_pairs(student_depth, teacher_depth, groups=None):
     return list(zip(*group_ends(groups), strict=True))
 
 
-def mask_extremes(hidden, k=2.0):
-    """Hidden states (N, T, D) with every entry at least k standard deviations from its sample's mean set to zero."""
+def extremes(hidden, k=2.0):
+    """Where hidden states (N, T, D) are k standard deviations or more from their sample's mean: bool, (N, T, D)."""
     flat = hidden.flatten(1)
-    mean, std = flat.mean(1), flat.std(1)  # over tokens and channels together, unbiased
-    shape = (-1, *[1] * (hidden.ndim - 1))
-    return hidden.masked_fill((hidden - mean.view(shape)).abs() >= k * std.view(shape), 0.0)
+    std, mean = torch.std_mean(flat, 1, keepdim=True)  # over tokens and channels together, unbiased
+    return ((flat - mean).abs_() >= k * std).view(hidden.shape)
+
+
+def mask_extremes(hidden, k=2.0):
+    """Hidden states (N, T, D) with their extreme entries set to zero."""
+    return hidden.masked_fill(extremes(hidden, k), 0.0)
+
+
+class _MaskedFeatureLoss(torch.autograd.Function):
+    """One tensor is kept for the backward, where autograd on the plain expression would keep several."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, k):
+        masked = extremes(student, k)
+        difference = student.masked_fill(masked, 0.0).sub_(mask_extremes(teacher, k))
+        loss = difference.square().flatten(1).mean(1)
+        ctx.save_for_backward(difference.masked_fill_(masked, 0.0))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (difference,) = ctx.saved_tensors
+        scale = g * (2 / difference[0].numel())
+        return difference * scale.view(-1, *[1] * (difference.ndim - 1)), None, None
 
 
 def masked_feature_loss(student, teacher, k=2.0):
     """Mean squared difference (N,) of hidden states, each masked by its own statistics (paper, equation 9).
 
-    The mean is over all entries; one that is masked on one side only is compared with zero.
+    The mean is over all entries; one that is masked on one side only is compared with zero. The masks and the teacher
+    get no gradients.
     """
-    return (mask_extremes(student, k) - mask_extremes(teacher, k)).square().flatten(1).mean(1)
+    return _MaskedFeatureLoss.apply(student, teacher, k)
 
 
 class DistillStep(nn.Module):

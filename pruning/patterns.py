@@ -50,6 +50,24 @@ def check_groups(groups, depth=None):
         raise ValueError(f"pattern {format_pattern(groups)} covers {covered} layers, but there are {depth}")
 
 
+def check_borders(groups, stacks):
+    """Raise ValueError if a group holds layers of two stacks: they see different tokens, so none can replace another.
+
+    stacks: number of layers in every stack, through which layers are numbered.
+    """
+    ends, border, end = set(), 0, 0
+    for _, m in groups:
+        end += m
+        ends.add(end)
+    for layers in stacks:
+        border += layers
+        if border not in ends:
+            raise ValueError(
+                f"pattern {format_pattern(groups)}: a group crosses from layer {border - 1} to {border}, "
+                "which are of different stacks; end a group between them"
+            )
+
+
 def candidate_masks(n, m):
     """All ways to keep n of m layers: (candidates, m) of 0/1 in the order of `itertools.combinations`."""
     table = torch.zeros(math.comb(m, n), m, device="cpu")

@@ -125,6 +125,14 @@ def given_uniforms(uniform):
     return mock.patch.object(torch, "rand", lambda *size, **options: uniform.reshape(*size))
 
 
+def check_close(what, value, expected, tolerance=2e-5):
+    """The rule of SiT and MAR: the largest difference against the largest recorded value."""
+    value, expected = (torch.as_tensor(array).detach().double() for array in (value, expected))
+    assert value.shape == expected.shape, f"{what}: shape {tuple(value.shape)}, recorded {tuple(expected.shape)}"
+    error, scale = (value - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= tolerance * scale, f"{what}: off by {error:.3g}, allowed {tolerance:g} of {scale:.3g}"
+
+
 class Replay(GaussianObjective):
     """An objective that uses given draws, one (t, noise, uniforms of the label drop) a step."""
 

@@ -16,11 +16,12 @@ OURS = {"pruning", "diffusion", "engine", "models", "families", "evaluation", "m
 THIRD = {"torch", "numpy", "tqdm", "timm", "PIL", "diffusers", "safetensors", "scipy", "torchvision", "sklearn"}
 ALLOWED = {  # part -> modules it may import besides the standard library
     "pruning": {"torch", "pruning"},
-    "diffusion": {"torch", "numpy", "tqdm", "diffusers", "diffusion"},
+    "diffusion": {"torch", "numpy", "tqdm", "diffusers", "torchdiffeq", "diffusion"},
     "models.py": {"torch", "timm", "pruning.gates"},
-    "families.py": {"torch", "models", "diffusion", "pruning.gates"},
+    "models_mar.py": {"torch", "timm", "models", "pruning.gates", "pruning.patterns"},
+    "families.py": {"torch", "models", "models_mar", "diffusion", "pruning.gates"},
     "evaluation": {"torch", "torchvision", "numpy", "scipy", "tqdm", "PIL", "tensorflow", "evaluation"},
-    "engine": (OURS | THIRD) - {"pruning", "models"},
+    "engine": (OURS | THIRD) - {"pruning", "models", "models_mar"},
 }
 
 
@@ -91,7 +92,7 @@ def test_length_of_the_project(root):
     evaluator = {"evaluation", "evaluator.py", "benchmarks"}
     files = [path for path in sources(root) if path.relative_to(root).parts[0] not in evaluator]
     lines = [line for path in files for line in path.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 3200
+    assert len(lines) <= 4300
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

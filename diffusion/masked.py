@@ -1,0 +1,233 @@
+"""MAR (arXiv 2406.11838): training on hidden tokens with a diffusion head, and sampling by iterated unmasking.
+
+Networks are called as net(tokens, masked, y) -> conditions (N, L, D), and their head, `net.diffloss.net`, as
+head(x_t, t, z) on M tokens at once. Tokens taken from a mask come sample by sample, positions ascending.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+KL16_SCALE = 0.2325  # 1 / standard deviation of the latents of MAR's autoencoder, as published
+RATIO_STD = 0.25  # of the masking ratio, a normal around 1
+
+
+@dataclass
+class MaskedDraw:
+    """All random numbers of one training step but the gates': shared by teacher and student, and given by tests.
+
+    H is the number of hidden tokens of each sample; R the repeats, each with its own step and noise.
+    """
+
+    tokens: torch.Tensor  # (N, L, width), the data; where it comes as moments, sampled from them
+    masked: torch.Tensor  # (N, L) bool, H in every row
+    t: torch.Tensor  # (R, N, H)
+    noise: torch.Tensor  # (R, N, H, width)
+    drop: torch.Tensor | None = None  # (N,) bool, labels that are taken away
+
+
+def masking_ratio(u, smallest):
+    """Masking ratio (section 5.1) for u uniform in [0, 1]: quantile of normal(1, 0.25) cut to [smallest, 1]."""
+    below = torch.special.ndtr(torch.as_tensor((smallest - 1) / RATIO_STD, dtype=u.dtype))
+    return (1 + RATIO_STD * torch.special.ndtri(below + u * (0.5 - below))).clamp(smallest, 1)
+
+
+def mask_first(order, count):
+    """Mask (N, L) bool of the first `count` positions of each order (N, L)."""
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
+
+
+def sample_latents(x, noise, scale):
+    """Latents (N, C, H, W) from moments x (N, 2C, H, W), mean and log-variance, and standard normal noise."""
+    mean, log_variance = x.chunk(2, dim=1)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scale
+
+
+class MaskedObjective(nn.Module):
+    """MAR: predict noise and variance of hidden tokens from the visible ones and the label.
+
+    x is latents (N, C, H, W), or moments (N, 2C, H, W), unscaled, from which latents are sampled and multiplied by
+    `scale`. mask_ratio_min: smallest share of hidden tokens. batch_mul: noisings of every hidden token (section 3.3).
+    Raises ValueError for a share outside (0, 1] or a batch_mul below 1.
+    """
+
+    def __init__(self, diffusion, mask_ratio_min=0.7, batch_mul=4, scale=None):
+        super().__init__()
+        if not 0 < mask_ratio_min <= 1:
+            raise ValueError(f"mask_ratio_min is {mask_ratio_min}: expected a share in (0, 1]")
+        if batch_mul < 1:
+            raise ValueError(f"batch_mul is {batch_mul}: expected at least 1")
+        self.diffusion, self.mask_ratio_min, self.batch_mul = diffusion, mask_ratio_min, batch_mul
+        self.scale = KL16_SCALE if scale is None else scale
+
+    def draw(self, net, x, y):
+        """Draw latents (from moments only), masks, steps, noise and, in training mode, label drops, in this order."""
+        if x.shape[1] not in (net.in_channels, 2 * net.in_channels):
+            raise ValueError(
+                f"x has {x.shape[1]} channels: expected latents with {net.in_channels} or moments with twice as many"
+            )
+        if x.shape[1] != net.in_channels:
+            x = sample_latents(x, torch.randn_like(x[:, : net.in_channels]), self.scale)
+        tokens = net.patchify(x)
+        n, length, width = tokens.shape
+        # One ratio for the batch; drawn on the CPU, because it decides on shapes.
+        ratio = masking_ratio(torch.rand((), dtype=torch.float64, device="cpu"), self.mask_ratio_min)
+        shape = (self.batch_mul, n, math.ceil(length * ratio.item()))
+        masked = mask_first(torch.rand(n, length, device=x.device).argsort(1), shape[-1])
+        t = torch.randint(0, self.diffusion.num_timesteps, shape, device=x.device)
+        noise = torch.randn(*shape, width, dtype=x.dtype, device=x.device)
+        return MaskedDraw(tokens, masked, t, noise, net.draw_drop(n, x.device))
+
+    @staticmethod
+    def _hidden(draw):
+        """Data, steps and noise of all noised tokens: (M, width), (M,), (M, width), with M = R * N * H."""
+        start = draw.tokens[draw.masked].repeat(len(draw.t), 1)
+        return start, draw.t.flatten(), draw.noise.reshape(start.shape)
+
+    def predict(self, net, x, y, draw, observe=None):
+        """Run `net` and, on the hidden tokens, its head -> (M, 2 * width); `observe` as for the network."""
+        z = net(draw.tokens, draw.masked, y, drop=draw.drop, observe=observe)
+        start, t, noise = self._hidden(draw)
+        x_t = self.diffusion.q_sample(start, t, noise)
+        return self.diffusion.run(net.diffloss.net, x_t, t, {"z": z[draw.masked].repeat(len(draw.t), 1)})
+
+    def loss(self, prediction, x, draw):
+        """The original loss: dict of per-sample terms (N,), `loss` among them; means over repeats and hidden tokens."""
+        start, t, noise = self._hidden(draw)
+        x_t = self.diffusion.q_sample(start, t, noise)
+        return self._average(self.diffusion.loss_terms(prediction, start, x_t, t, noise), draw)
+
+    def match(self, student, teacher, x, draw):
+        """Distillation of the head's output: dict of per-sample terms (N,), `kd_loss` among them."""
+        start, t, noise = self._hidden(draw)
+        x_t = self.diffusion.q_sample(start, t, noise)
+        return self._average(self.diffusion.distillation_terms(student, teacher, start, x_t, t), draw)
+
+    @staticmethod
+    def _average(terms, draw):
+        return {name: values.view(draw.t.shape).mean((0, 2)) for name, values in terms.items()}
+
+
+GUIDANCE = {  # schedule -> scale of a step, from the full scale and the share of tokens known behind that step
+    "linear": lambda scale, known: 1 + (scale - 1) * known,
+    "constant": lambda scale, known: scale,
+}
+
+
+def plan_steps(length, num_iter, cfg_scale=1.0, schedule="linear"):
+    """For each of `num_iter` steps: (tokens hidden before it, tokens hidden after it, guidance scale).
+
+    The number falls as a cosine, by at least one token a step (section 3.4). Raises ValueError if num_iter > length.
+    """
+    if num_iter > length:
+        raise ValueError(f"num_iter is {num_iter}: expected at most {length}, the number of tokens")
+    steps, before = [], length
+    for k in range(1, num_iter + 1):
+        after = max(1, min(before - 1, math.floor(length * math.cos(math.pi / 2 * k / num_iter))))
+        scale = GUIDANCE[schedule](cfg_scale, (length - after) / length)
+        # Guidance of the last step counts one token as hidden, although none is: so it was published.
+        steps.append((before, after if k < num_iter else 0, scale))
+        before = after
+    return steps
+
+
+def guide_head(head, x, t, z, null, scale):
+    """Head output (M, 2 * width) for conditions z and null (M, D): the noise is guided, the variance that of z."""
+    cond, uncond = head(torch.cat([x, x]), torch.cat([t, t]), torch.cat([z, null])).chunk(2)
+    noise, variance = cond.chunk(2, dim=1)
+    unguided = uncond[:, : x.shape[1]]
+    return torch.cat([unguided + scale * (noise - unguided), variance], dim=1)
+
+
+@dataclass
+class MaskedStep:
+    """One step of sampling: what was predicted, M = N * (tokens of this step) tokens, and the state behind it."""
+
+    z: torch.Tensor  # (M, D), or (2M, D) with the unconditional ones behind
+    cfg_scale: float
+    sampled: torch.Tensor  # (M, width)
+    tokens: torch.Tensor  # (N, L, width)
+    masked: torch.Tensor  # (N, L) bool
+
+
+class MaskedSampler(nn.Module):
+    """MAR's sampler: in `num_iter` steps reveal all tokens in random order, each by ancestral sampling with the head.
+
+    diffusion: the head's chain, usually respaced. cfg_scale: 1 is no guidance. schedule: "linear" or "constant".
+    temperature: multiplies the noise of the ancestral steps. Raises ValueError for values that make no sense.
+    """
+
+    def __init__(self, diffusion, num_iter=64, cfg_scale=1.0, schedule="linear", temperature=1.0):
+        super().__init__()
+        if num_iter < 1:
+            raise ValueError(f"num_iter is {num_iter}: expected at least 1")
+        if schedule not in GUIDANCE:
+            raise ValueError(f"schedule is {schedule!r}: expected one of {', '.join(GUIDANCE)}")
+        self.diffusion, self.num_iter, self.temperature = diffusion, num_iter, temperature
+        self.cfg_scale, self.schedule = cfg_scale, schedule
+
+    def forward(self, net, y, noise, step_noise=None, progress=False):
+        """Labels y (N,), `num_classes` for none, and start noise (N, C, H, W) -> latents (N, C, H, W), scaled.
+
+        The start noise decides on the order of the tokens only. step_noise(k, shape) gives the k-th standard normal
+        tensor (N, *shape), shape being (tokens of the step, width); row i of it belongs to image i.
+        """
+        # Of independent values the ranks are a uniform permutation, and each image has its own.
+        order = net.patchify(noise).mean(-1).argsort(1)
+        if step_noise is None:
+
+            def step_noise(k, shape):
+                return torch.randn(len(noise), *shape, dtype=noise.dtype, device=noise.device)
+
+        for step in self.trajectory(net, y, order, step_noise, progress):
+            tokens = step.tokens
+        return net.unpatchify(tokens)
+
+    @torch.no_grad()
+    def trajectory(self, net, y, order, step_noise, progress=False):
+        """Yield a MaskedStep for every step. order (N, L): the last position is revealed first.
+
+        step_noise(k, shape) is asked, for every step, for the head's start and then the noise of its ancestral steps.
+        """
+        guided, null = self.cfg_scale != 1, torch.full_like(y, net.num_classes)
+        labels, twice = (torch.cat([y, null]), 2) if guided else (y, 1)
+        plan = plan_steps(order.shape[1], self.num_iter, self.cfg_scale, self.schedule)
+        draws, tokens, masked = itertools.count(), None, mask_first(order, order.shape[1])
+        for before, after, cfg_scale in tqdm(plan, disable=not progress, desc="sampling", leave=False):
+
+            def draw(_=None, shape=(before - after, net.token_width)):
+                return step_noise(next(draws), shape).flatten(0, 1)
+
+            start = draw()
+            if tokens is None:
+                tokens = start.new_zeros(*order.shape, net.token_width)
+            z = net(tokens.repeat(twice, 1, 1), masked.repeat(twice, 1), labels)
+            remaining = mask_first(order, after)
+            revealed, masked = masked & ~remaining, remaining
+            z = z[revealed.repeat(twice, 1)]
+            sampled = self._run_head(net.diffloss.net, z, start, cfg_scale, draw)
+            tokens = tokens.masked_scatter(revealed.unsqueeze(-1), sampled)
+            yield MaskedStep(z, cfg_scale, sampled, tokens, masked)
+
+    def _run_head(self, head, z, start, cfg_scale, step_noise):
+        """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; step_noise(j): (M, width)."""
+        model, model_kwargs = head, {"z": z}
+        if len(z) > len(start):
+
+            def model(x, t, z, null):
+                return guide_head(head, x, t, z, null, cfg_scale)
+
+            model_kwargs = dict(zip(("z", "null"), z.chunk(2), strict=True))
+        return self.diffusion.p_sample_loop(
+            model,
+            start.shape,
+            noise=start,
+            step_noise=step_noise,
+            clip_denoised=False,
+            temperature=self.temperature,
+            model_kwargs=model_kwargs,
+        )
