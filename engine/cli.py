@@ -162,8 +162,10 @@ def parse(parser, argv, read_facts):
     """
     args = parser.parse_args(argv)
     parser.shared = {a.dest: a.default for a in parser._actions if a.dest not in {"help", *parser.families}}
+    told = {}
     for _ in range(2):  # the files may tell the model, and so the family
         set_family_defaults(parser, family_of(args.model))
+        parser.set_defaults(**told)
         told = read_facts(parser.parse_args(argv))
         parser.set_defaults(**told)
         args = parser.parse_args(argv)
