@@ -1,8 +1,8 @@
-# make setup | make demo | make test: each does all the set-up it needs in .venv
+# make setup | demo | demo-sit | demo-mar | bench | test: each does all the set-up it needs in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test clean
+.PHONY: setup demo demo-sit demo-mar bench test clean
 
 setup: .venv/ready
 
@@ -14,10 +14,13 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python examples/digits/demo.py
 
+demo-sit demo-mar: demo-%: setup
+	$(BIN)/python examples/digits/demo.py --family $(if $(filter sit,$*),SiT,MAR)
+
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q --durations=5
 
 clean:
-	rm -rf .venv examples/digits/run
+	rm -rf .venv examples/digits/run examples/digits/run-sit examples/digits/run-mar

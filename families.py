@@ -96,7 +96,8 @@ def _masked_sampler(args):
 
 
 def _check_masked(args, config):
-    plan_steps(config["input_size"] ** 2, args.num_iter)
+    tokens = (config["input_size"] // model_config(args.model)["patch_size"]) ** 2
+    plan_steps(tokens, args.num_iter)
 
 
 def _depth(state, stack):
@@ -119,14 +120,15 @@ def _describe_dit(state, family="DiT"):
 
 
 def _describe_mar(state):
-    width, channels = state["z_proj.weight"].shape
+    width, token_width = state["z_proj.weight"].shape
+    patch = {f.keywords["hidden_size"]: f.keywords["patch_size"] for f in MAR_models.values()}.get(width, 1)
     depths = (_depth(state, "encoder_blocks"), _depth(state, "decoder_blocks"))
     return {
-        "model": name_of(width, depths, 1, "MAR"),
+        "model": name_of(width, depths, patch, "MAR"),
         "hidden_size": width,
         "depths": depths,
-        "in_channels": channels,
-        "input_size": round(state["diffusion_pos_embed_learned"].shape[1] ** 0.5),
+        "in_channels": token_width // patch**2,
+        "input_size": patch * round(state["diffusion_pos_embed_learned"].shape[1] ** 0.5),
         "num_classes": state["class_emb.weight"].shape[0],
     }
 
@@ -317,7 +319,7 @@ def name_of(width, depths, patch, family="DiT"):
     """The ungated model name with this width, stacks and patch size; None if no size has that width and patch."""
     family = FAMILIES[family]
     plain = {n: f.keywords for n, f in family.models.items() if "groups" not in f.keywords}
-    same_size = {n: c for n, c in plain.items() if (c["hidden_size"], c.get("patch_size", 1)) == (width, patch)}
+    same_size = {n: c for n, c in plain.items() if (c["hidden_size"], c["patch_size"]) == (width, patch)}
     for name, config in same_size.items():
         if family.stacks(config) == tuple(depths):
             return name
@@ -331,7 +333,7 @@ def name_of(width, depths, patch, family="DiT"):
 def depth_name(name, depths):
     """The plain model name of a pruned `name`: DiT-XL-1-2 with 14 layers is DiT-D14/2. None if there is none."""
     config = model_config(name)
-    return name_of(config["hidden_size"], depths, config.get("patch_size", 1), family_of(name).name)
+    return name_of(config["hidden_size"], depths, config["patch_size"], family_of(name).name)
 
 
 def describe_weights(state, name=None):

@@ -1,8 +1,10 @@
-"""The whole recipe on scikit-learn's handwritten digits, through the same scripts a lab would use. Run by `make demo`.
+"""The whole recipe on scikit-learn's handwritten digits, through the same scripts a lab would use.
 
-Every command is printed as it could be typed in the repository's folder; its output goes to run/logs.
+`make demo` runs it with a DiT, `make demo-sit` and `make demo-mar` (demo.py --family SiT) with the other families.
+Every command is printed as it could be typed in the repository's folder; its output goes to logs in the run folder.
 """
 
+import argparse
 import os
 import shlex
 import shutil
@@ -20,8 +22,27 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import report  # noqa: E402  (it imports the project from ROOT)
 
-RUN = Path("examples/digits/run")  # below ROOT, where all commands run
-TEACHER, STUDENT, DEPTH, KEPT = "DiT-T/4", "DiT-T-D6/4", 12, 6
+FAMILIES = {  # teacher, student, flags of sampling, and what else its training from scratch takes
+    "DiT": ("DiT-T/4", "DiT-T-D6/4", {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20}, {}),
+    "SiT": (
+        "SiT-T/4",
+        "SiT-T-D6/4",
+        {"cfg-scale": 2.0, "sampling-method": "heun2", "num-sampling-steps": 11},
+        {"clip-norm": 1.0},
+    ),
+    "MAR": (
+        "MAR-T",
+        "MAR-T-D6",
+        {"cfg-scale": 2.0, "num-iter": 4, "num-sampling-steps": 20},
+        {"clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
+    ),
+}
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--family", choices=FAMILIES, default="DiT", help="whose network (default: DiT)")
+FAMILY = parser.parse_args().family
+TEACHER, STUDENT, SAMPLING, SCRATCH = FAMILIES[FAMILY]
+RUN = Path("examples/digits") / {"DiT": "run"}.get(FAMILY, f"run-{FAMILY.lower()}")  # below ROOT, where commands run
+DEPTH, KEPT = 12, 6
 METHODS = ("learned", "block-influence", "bk-sdm", "random")
 DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
 STEPS_PER_EPOCH = 1797 // 128
@@ -29,7 +50,6 @@ TEACHER_EPOCHS, RECOVERY_EPOCHS = 114, 20
 TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25}
 RECOVER = {**TRAIN, "model": STUDENT, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
 LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}
-SAMPLING = {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20}
 IMAGES = 500
 
 
@@ -47,7 +67,7 @@ def command(script, *switches, processes=1, **flags):
     words = ["python"] if processes == 1 else ["torchrun", "--nnodes=1", f"--nproc_per_node={processes}"]
     words.append(script)
     for name, value in flags.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
+        words += ["--" + name.replace("_", "-"), *(value.split() if name == "betas" else [str(value)])]
     return words + list(switches)
 
 
@@ -72,7 +92,7 @@ def stages():
     images = {"data-path": RUN / "images", "features-path": RUN / "features", "image-size": 8, "vae": "none"}
     rate = {"epochs": TEACHER_EPOCHS, "lr": 2e-3, "min-lr": 2e-5, "ema-decay": 0.99}
     yield {"encode": command("extract_features.py", processes=2, model=TEACHER, **images)}
-    yield {"teacher": command("train.py", processes=2, model=TEACHER, prefix="teacher", **rate, **TRAIN)}
+    yield {"teacher": command("train.py", processes=2, model=TEACHER, prefix="teacher", **rate, **TRAIN, **SCRATCH)}
 
     prune = {"model": TEACHER, "ckpt": teacher}
     learn = {"model": TEACHER, "pattern": "1:2", "load-weight": teacher, "save-model": files["learned"], **LEARN}
@@ -131,7 +151,7 @@ def main():
             for finished in [pool.submit(run_command, name, words) for name, words in stage.items()]:
                 finished.result()
     folders = {name: sample_folder(name) for name in weights()}
-    report.write(RUN, weights(), folders, SAMPLING, time.monotonic() - start)
+    report.write(RUN, weights(), folders, SAMPLING, FAMILY, time.monotonic() - start)
 
 
 if __name__ == "__main__":

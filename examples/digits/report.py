@@ -5,15 +5,15 @@ import time
 
 import matplotlib
 import numpy as np
-import torch
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from diffusion import create_diffusion
-from diffusion.samplers import GaussianSampler
-from engine.checkpoint import build_network, read_checked, read_facts
-from engine.sampling import ImageDraws
+from engine.checkpoint import read_checked, read_facts, read_weights
+from engine.cli import SAMPLING_FLAGS, make_parser, parse
+from engine.run import Run
+from engine.sampling import ImageDraws, load_for_sampling, sample_images, told_by_ckpt
 from evaluation.metrics import frechet_distance_of_features
+from families import stack_layers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,25 +29,21 @@ def load_samples(folder):
 
 def measure_speed(files, settings, rounds=5, n=50):
     """Images per second of networks sampled in turns, so that a busy machine slows all alike: medians over rounds."""
-    sampler = GaussianSampler(
-        create_diffusion("ddim10"), "ddim", settings["cfg-scale"]
-    )  # a tenth of the chain is enough
-    nets = []
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    loaded = []
     for file in files:
-        name = read_facts(file)["model"]
-        state, config = read_checked(file, "", name)
-        nets.append(build_network(name, state, "cpu", **config).eval())
-    draws = ImageDraws(0, range(n), (3, 8, 8), "cpu")
-    labels, noise = draws.labels(10), draws.noise()
-    seconds = np.zeros((rounds + 1, len(nets)))
+        parser = make_parser("sample", "", SAMPLING_FLAGS + " seed", "sample")
+        args = parse(parser, ["--ckpt", str(file), *flags], told_by_ckpt)
+        run = Run(args)
+        loaded.append((run, *load_for_sampling(run, args, read_weights(file, "--ckpt"), file)))
+    seconds = np.zeros((rounds + 1, len(files)))
     for row in seconds:  # the first round warms up
-        for i, net in enumerate(nets):
+        for i, (run, net, codec, sampler, shape) in enumerate(loaded):
+            draws = ImageDraws(0, range(n), shape, run.device)
             start = time.perf_counter()
-            with torch.inference_mode():
-                sampler(net, labels, noise)
+            sample_images(run, net, sampler, codec, draws, draws.labels(10))
             row[i] = time.perf_counter() - start
-    network_calls = settings["num-sampling-steps"] / 10
-    return (n / network_calls / np.median(seconds[1:], axis=0)).tolist()
+    return (n / np.median(seconds[1:], axis=0)).tolist()
 
 
 def measure(files, folders, settings):
@@ -57,8 +53,8 @@ def measure(files, folders, settings):
     speed = dict(zip((12, 6), measure_speed([files["teacher"], files["learned"]], settings), strict=True))
     rows = []
     for name, file in files.items():
-        state, _ = read_checked(file, "", read_facts(file)["model"])
-        layers = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        model = read_facts(file)["model"]
+        state, layers = read_checked(file, "", model)[0], sum(stack_layers(model))
         samples, asked = load_samples(folders[name])
         values = (
             name,
@@ -100,17 +96,18 @@ def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw_losses(run, path):
-    """The noise prediction error of every run over its steps."""
+def draw_losses(run, family, path):
+    """The prediction error of every run over its steps: `gt` when distilling, `mse` of DiT and MAR, else the loss."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for folder in sorted((run / "outputs").iterdir()):
-        rows = [row for row in read_metrics(folder) if "mse" in row]
+        rows = [row for row in read_metrics(folder) if "loss" in row]
+        error = next(name for name in ("mse", "gt", "loss") if name in rows[0])
         is_recovery = "D6" in folder.name
         axis = axes[int(is_recovery)]
-        label = folder.name.partition("-DiT")[0].replace("-ft", " + fine-tuning").replace("-kd", " + Masked KD")
-        axis.plot([row["step"] for row in rows], [row["mse"] for row in rows], label=label, linewidth=1)
+        label = folder.name.partition(f"-{family}")[0].replace("-ft", " + fine-tuning").replace("-kd", " + Masked KD")
+        axis.plot([row["step"] for row in rows], [row[error] for row in rows], label=label, linewidth=1)
     for axis, title in zip(axes, ("12 layers", "recovery, 6 layers"), strict=True):
-        axis.set(title=title, xlabel="step", ylabel="noise prediction error", yscale="log")
+        axis.set(title=title, xlabel="step", ylabel="prediction error", yscale="log")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -130,7 +127,7 @@ def draw_decisions(run, path, depth=12):
     plt.close(figure)
 
 
-def write(run, files, folders, settings, seconds):
+def write(run, files, folders, settings, family, seconds):
     """Measure all models, print the table, and write report.md, report.json and the pictures into the run folder."""
     rows = measure(files, folders, settings)
     table = format_table(rows)
@@ -138,6 +135,6 @@ def write(run, files, folders, settings, seconds):
     (run / "report.md").write_text(f"{table}\n\n{minutes}\n")
     (run / "report.json").write_text(json.dumps({"seconds": seconds, "models": rows}, indent=1))
     draw_samples(folders, rows, run / "samples.png")
-    draw_losses(run, run / "losses.png")
+    draw_losses(run, family, run / "losses.png")
     draw_decisions(run, run / "decisions.png")
     print(f"\n{table}\n\n{minutes}\nReport: {run}/report.md, samples.png, losses.png, decisions.png", flush=True)

@@ -369,7 +369,9 @@ def test_distillation(dtype):
 def tiny(name="MAR-T", **options):
     """A small registered network whose zero-initialised parts are not zero."""
     torch.manual_seed(0)
-    net = MAR_models[name](**{"input_size": 4, "in_channels": 4, "num_classes": 10, "hidden_size": 32} | options)
+    net = MAR_models[name](
+        **{"input_size": 4, "in_channels": 4, "patch_size": 1, "num_classes": 10, "hidden_size": 32} | options
+    )
     for parameter in net.diffloss.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net

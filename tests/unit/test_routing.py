@@ -1,9 +1,13 @@
 """Skipped samples without a backward: the gradients of the dense form, for every update and with every option."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from torch import nn
 
+from diffusion.objectives import TrainStep
+from families import create_model, family_of
 from models import DiT
 from pruning.gates import BlockStack, LayerGates, block_stacks
 from pruning.lora import weight_update
@@ -56,6 +60,31 @@ def test_gradients_equal_the_dense_form(pattern, update, checkpointing):
     (out, expected), (sparse, got) = gradients(net, True), gradients(net, False, checkpointing=checkpointing)
     assert (out - sparse).abs().max() <= 1e-10 * out.abs().max()
     assert all(value.abs().max() > 0 for name, value in expected.items() if "gumbel" in name)
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("name", ["SiT-T-1-2", "MAR-T-1-2"])
+def test_other_families(name, update, checkpointing):
+    torch.manual_seed(0)
+    net = create_model(name, input_size=8, in_channels=3, num_classes=5).train()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    weight_update(net, *UPDATES[update])
+    defaults = family_of(name).flags["train"].items()
+    args = Namespace(**{flag.replace("-", "_"): row["default"] for flag, row in defaults})
+    step = TrainStep(net.double(), family_of(name).objective(args))
+    x, y, found = torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 5, []
+    for dense in (True, False):
+        for stack in block_stacks(net):
+            stack.dense, stack.checkpointing = dense, checkpointing and not dense
+        torch.manual_seed(1)
+        net.zero_grad(set_to_none=True)
+        step(x, y)["loss"].mean().backward()
+        found.append({key: p.grad for key, p in net.named_parameters() if p.requires_grad})
+    expected, got = found
+    assert all(value.abs().max() > 0 for key, value in expected.items() if "gumbel" in key)
     assert_equal(got, expected)
 
 
