@@ -1,57 +1,59 @@
-"""Gate learning: what leaving out the backward of skipped samples saves, in time and in memory of activations."""
+"""Gate learning: what leaving out the backward of skipped samples saves, in time and in memory of activations.
 
-from benchmarks.measure import main
-from benchmarks.networks import WIDTH, backward_of, batch, block_flops, make_network, objective
+Also how the cost grows with the depth, the batch and the number of candidates of a group.
+"""
+
+from functools import partial
+
+from benchmarks.measure import Case, Side, main
+from benchmarks.networks import backward_of, block_flops, make_batch, make_network, make_objective, weights_of
 from diffusion.objectives import TrainStep
-from engine.run import hold_frozen
+from engine.run import DTYPES, hold_frozen
 from pruning.gates import block_stacks
 from pruning.lora import weight_update
 
-DEPTH, BATCH = 8, 8
-SIDES = {"dense": (True, 1.0), "sparse": (False, 1.0), "quarter": (False, 0.25)}  # dense, gate_samples
-CASES = {
-    f"{update} {precision}": {"update": update, "precision": precision}
-    for precision in ("fp32", "bf16")
-    for update in ("full", "lora")
-}
-LOWEST = {("full", "sparse"): 1.40, ("lora", "sparse"): 1.25, ("full", "quarter"): 1.65, ("lora", "quarter"): 1.5}
-BARS = {(f"{u} {p}", side): {"ratio": f">= {low}"} for (u, side), low in LOWEST.items() for p in ("fp32", "bf16")}
-for case in CASES:
-    BARS[case, "sparse"]["memory_ratio"] = "<= 0.62"
-MEMORY = {"keep_gradients": True}
+FORMS = {"dense": (True, 1.0), "sparse": (False, 1.0), "quarter": (False, 0.25)}  # dense, gate_samples
+BARS = {"full": {"sparse": 1.40, "quarter": 1.65}, "lora": {"sparse": 1.25, "quarter": 1.5}}
 
 
-def make(device, update, precision, depth=DEPTH, n=BATCH, groups=None, keep_gradients=False):
-    """Gradients of one step in every form, on the same network."""
-    groups = groups or [[1, 2]] * (depth // 2)
-    net = make_network(depth, device, groups=groups).train()
+def build(args, form="sparse", update="full", precision="fp32", depth=8, n=8, groups=None):
+    """Gradients of one step; FLOPs are those of what the form runs, a frozen weight saving one part of three."""
+    dense, share = FORMS[form]
+    depth, n = (2, 2) if args.tiny else (depth, n)
+    groups = [[1, 2]] * (depth // 2) if args.tiny or groups is None else groups
+    net = make_network(args, depth, groups=groups).train()
     weight_update(net, True, 8 if update == "lora" else None)
     hold_frozen(net, precision)
-    step = TrainStep(net, objective(device))
-    run = backward_of(step, *batch(n, device), device, precision, keep_gradients)
-    stack = block_stacks(net)[0]
-
-    def side(dense, share):
-        def one():
-            stack.dense, stack.gate_samples = dense, share
-            run()
-
-        return one
-
-    return {name: side(*settings) for name, settings in SIDES.items()}
+    for stack in block_stacks(net):
+        stack.dense, stack.gate_samples = dense, share
+    step = TrainStep(net, make_objective(args))
+    backward = {"full": 2, "lora": 1}[update]
+    kept = sum(keep for keep, _ in groups) / depth
+    flops = block_flops(args, n) * depth * (kept * (1 + backward) + (1 - kept) * (share + backward * dense))
+    run = backward_of(args, step, make_batch(args, n), precision)
+    return Side(run, n, flops, DTYPES[precision], lambda: weights_of(net, precision))
 
 
-def flops(side, update, precision, depth=DEPTH, n=BATCH, groups=None):
-    """Of what the form runs: a backward costs two forwards, one if the weights are frozen."""
-    backward, half = {"full": 2, "lora": 1}[update], depth * n / 2
-    skipped = {"dense": 1 + backward, "sparse": 1, "quarter": 0.25}[side]
-    return block_flops(1) * half * (1 + backward + skipped)
+def compare_forms(update, precision):
+    bars = [("speedup", form, ">=", bar) for form, bar in BARS[update].items()]
+    sides = {form: partial(build, form=form, update=update, precision=precision) for form in FORMS}
+    return Case(f"{update} {precision}", sides, [*bars, ("extra_ratio", "sparse", "<=", 0.62)])
 
 
-def copies(update, precision):
-    """Autocast's copies of weights that are trained: weights, not activations."""
-    return DEPTH * 18 * WIDTH**2 * 2 / 1e6 if (update, precision) == ("full", "bf16") else 0
-
+CASES = [compare_forms(update, precision) for precision in ("fp32", "bf16") for update in BARS]
+CASES += [
+    Case("depth", {f"{d} layers": partial(build, precision="bf16", depth=d, n=4) for d in (4, 8, 16, 28)}),
+    Case("batch", {f"{n} images": partial(build, precision="bf16", depth=4, n=n) for n in (2, 4, 8, 16)}),
+    Case(
+        "candidates",
+        {
+            "1:2": partial(build, precision="bf16", depth=14, n=4),
+            "7:14": partial(build, precision="bf16", depth=14, n=4, groups=[[7, 14]]),
+        },
+        [("speedup", "7:14", ">=", 1 / 1.03)],
+        memory=False,
+    ),
+]
 
 if __name__ == "__main__":
-    main(__name__)
+    main(__spec__.name, __doc__, CASES)

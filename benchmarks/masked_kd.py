@@ -1,34 +1,44 @@
 """A Masked KD step against its parts: the teacher's forward, and the student's forward and backward."""
 
+from functools import partial
+
 import torch
 
-from benchmarks.measure import autocast, main
-from benchmarks.networks import backward_of, batch, make_network, objective
+from benchmarks.measure import Case, Side, main
+from benchmarks.networks import autocast, backward_of, make_batch, make_network, make_objective
 from diffusion.objectives import TrainStep
 from engine.run import hold_frozen
 from pruning.distillation import DistillStep, layer_pairs
 
-TEACHER, STUDENT, BATCH = 8, 4, 8
-CASES = {precision: {"precision": precision} for precision in ("fp32", "bf16")}
-BARS = {(precision, "distillation"): {"ratio": ">= 0.926"} for precision in CASES}  # at most 8 % above its parts
 
-
-def make(device, precision, n=BATCH):
-    """The parts one after another, and the whole step."""
-    x, y = batch(n, device)
-    goal = objective(device)
-    student = make_network(STUDENT, device).train()
-    teacher = hold_frozen(make_network(TEACHER, device).eval().requires_grad_(False), precision)
-    plain = backward_of(TrainStep(student, goal), x, y, device, precision)
-    step = DistillStep(student, teacher, goal, layer_pairs(STUDENT, TEACHER))
+def build(args, whole=True, precision="fp32", depths=(4, 8), n=8):
+    """The whole step, or its parts one after another."""
+    (student_depth, teacher_depth), n = ((1, 2), 2) if args.tiny else (depths, n)
+    batch, objective = make_batch(args, n), make_objective(args)
+    student = make_network(args, student_depth).train()
+    teacher = hold_frozen(make_network(args, teacher_depth).eval().requires_grad_(False), precision)
+    if whole:
+        step = DistillStep(student, teacher, objective, layer_pairs(student_depth, teacher_depth))
+        return Side(backward_of(args, step, batch, precision), n)
+    plain = backward_of(args, TrainStep(student, objective), batch, precision)
 
     def parts():
-        with torch.no_grad(), autocast(device, precision):
-            goal.predict(teacher, x, y, goal.draw(teacher, x, y))
+        with torch.no_grad(), autocast(args, precision):
+            objective.predict(teacher, *batch, objective.draw(teacher, *batch))
         plain()
 
-    return {"parts": parts, "distillation": backward_of(step, x, y, device, precision)}
+    return Side(parts, n)
 
+
+CASES = [
+    Case(
+        precision,
+        {name: partial(build, whole=name == "step", precision=precision) for name in ("parts", "step")},
+        [("speedup", "step", ">=", 1 / 1.08)],
+        memory=False,
+    )
+    for precision in ("fp32", "bf16")
+]
 
 if __name__ == "__main__":
-    main(__name__)
+    main(__spec__.name, __doc__, CASES)

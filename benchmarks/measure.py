@@ -1,190 +1,208 @@
-"""How the benchmarks measure: sides in turns, memory in processes of their own, efficiency against the machine itself.
+"""The harness of the benchmarks: sides timed in turns in one process, memory of each in a process of its own.
 
-A benchmark module has CASES, {name: settings}, and make(device, **settings) -> {side: function without arguments}; the
-first side is what the others are compared with. It may have flops(side, **settings), the floating point operations of
-one call; BARS, {(case, side): {name of a number: ">= 1.4"}}; MEMORY, settings of `make` with which the memory above
-that of weights and gradients is measured, and copies(**settings), MB of copies of weights to subtract.
-`main(__name__)` does the rest: a table, and JSON with --json.
+A module is a list of cases and a last line; `python -m benchmarks.NAME [--repeats 5] [--json FILE] [--device D]`:
+
+    def build_ours(args):                       # args.device is a torch.device, args.tiny asks for a smoke test
+        net, optimizer = ...                    # nothing in here is measured
+        return Side(lambda: step(net, x), items=32, flops=..., dtype=torch.bfloat16, kept=lambda: net.parameters())
+
+    CASES = [Case("DiT-B/2", {"plain": build_plain, "ours": build_ours},
+                  bars=[("speedup", "ours", ">=", 1.5), ("extra_ratio", "ours", "<=", 0.7)],
+                  compare=lambda results: {"difference": ...})]          # results: side -> what its last call returned
+
+    if __name__ == "__main__":
+        main(__spec__.name, __doc__, CASES)
+
+The first side is the baseline. The numbers of a side, which bars and JSON name:
+    seconds               median per call
+    speedup               median of baseline seconds / own seconds of the same round, with its least and most
+    rate                  items per second; tflops: 1e12 FLOPs per second
+    efficiency            FLOPs per second over those of a large matrix product of `dtype`, timed in the same rounds
+    peak_mb, extra_mb     the most memory, and that above the bare process and what `kept` names (without `kept`, above
+                          what was there once the side was built); extra_ratio: extra_mb over the baseline's
+What `compare` returns belongs to the case: a bar on it names no side, ("difference", None, "<=", 1e-2).
 """
 
 import argparse
-import importlib
+import contextlib
 import json
-import platform
+import math
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from datetime import date
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from benchmarks.evaluator.runs import memory
+from benchmarks.report import judge, show, write_json
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def autocast(device, precision):
-    """The context in which the project computes with this precision."""
-    return nullcontext() if precision == "fp32" else torch.autocast(torch.device(device).type, DTYPES[precision])
+LEAST_SECONDS = 0.2  # of one timing; shorter calls are repeated
+MATMUL = (4096, 1152, 4608)  # tokens, width and hidden width: the first product of DiT-XL's MLP for 16 images
 
 
-def clock(function, device):
-    """Seconds of one call, by events where the device has them."""
-    if torch.device(device).type == "cpu":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+@dataclass
+class Side:
+    """One way to do it: `run()` is a call; of it, how many `items` it makes and how many `flops` the model takes.
+
+    kept: () -> tensors that stay between calls (weights, optimizer state), whose memory is not counted as extra.
+    """
+
+    run: Callable
+    items: float | None = None
+    flops: float | None = None
+    dtype: torch.dtype = torch.float32
+    kept: Callable | None = None
+
+
+@dataclass
+class Case:
+    """sides: name -> builder(args) -> Side, the baseline first. bars: (number, side or None, ">=" or "<=", value)."""
+
+    name: str
+    sides: dict
+    bars: list = field(default_factory=list)
+    compare: Callable | None = None
+    memory: bool = True
+
+
+def make_parser(doc):
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds in which every side is timed (default: 5)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to this file as well")
+    parser.add_argument("--device", default="auto", help="auto (GPU if there is one), cpu or another of torch's")
+    parser.add_argument("--threads", type=int, help="threads of a processor (default: torch's)")
+    parser.add_argument("--case", help="one case")
+    parser.add_argument("--side", help="print the memory of this side of --case, as JSON, and end")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
+    return parser
+
+
+def find_device(name):
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def clock(function, device, calls=1):
+    """Seconds per call: by events of the device, or by the wall."""
+    if device.type == "cpu":
+        since = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - since) / calls
+    module = torch.get_device_module(device)
+    start, end = (module.Event(enable_timing=True) for _ in range(2))
+    module.synchronize(device)
     start.record()
-    function()
+    for _ in range(calls):
+        function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return start.elapsed_time(end) / 1e3 / calls
 
 
-def take_turns(sides, repeats, device):
-    """Seconds of every side, {side: [repeats]}: A B A B, behind a first round that warms up."""
-    seconds = {side: [] for side in sides}
-    for k in range(repeats + 1):
-        for side, function in sides.items():
-            spent = clock(function, device)
-            if k:
-                seconds[side].append(spent)
+def time_sides(functions, device, repeats, least_seconds=LEAST_SECONDS):
+    """Seconds per call of each function, {name: one per round}: A B A B, after a warm-up of each."""
+    seconds, calls = {name: [] for name in functions}, {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, math.ceil(least_seconds / clock(function, device)))
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(clock(function, device, calls[name]))
     return seconds
 
 
-def quartiles(values):
-    """(first, second, third) of a list, interpolated."""
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+def make_matmul(dtype, device, shape=MATMUL):
+    """A product of (rows, inner) and (inner, columns), and its FLOPs."""
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
+    return (lambda: a @ b), 2 * math.prod(shape)
 
 
-def matmul(device, precision, tokens=2048, width=1152):
-    """A function that multiplies as the widest layer does, and its operations a call."""
-    a = torch.randn(tokens, width, device=device, dtype=DTYPES[precision])
-    b = torch.randn(width, 4 * width, device=device, dtype=DTYPES[precision])
-
-    def run(times=20):
-        for _ in range(times):
-            a @ b
-
-    return run, 20 * 2 * tokens * width * 4 * width
+def matmul_rate(dtype, device, shape=MATMUL, repeats=5):
+    """FLOPs per second of a large product; within a case the same is timed in turns with the sides."""
+    function, flops = make_matmul(dtype, device, shape)
+    return flops / median(time_sides({"matmul": function}, device, repeats)["matmul"])
 
 
-def compare(module, case, repeats, device):
-    """Rows of one case: seconds, ratio to the first side with its quartiles, efficiency."""
-    settings = module.CASES[case]
-    sides = module.make(device, **settings)
-    count = getattr(module, "flops", None)
-    if count:
-        run, operations = matmul(device, settings.get("precision", "fp32"))
-        sides = {**sides, "matmul": run}
-    seconds = take_turns(sides, repeats, device)
-    rate = operations / median(seconds.pop("matmul")) if count else None
-    first = next(iter(seconds.values()))
-    rows = []
-    for side, spent in seconds.items():
-        low, ratio, high = quartiles([a / b for a, b in zip(first, spent, strict=True)])
-        row = {"case": case, "side": side, "seconds": median(spent), "ratio": ratio, "ratio_quartiles": [low, high]}
-        if count:
-            row["efficiency"] = count(side, **settings) / median(spent) / rate
-        rows.append(row)
-    return rows
+def measure_case(case, args):
+    """{side: its numbers} but memory, and what `compare` found."""
+    sides = {name: build(args) for name, build in case.sides.items()}
+    dtypes = {side.dtype for side in sides.values() if side.flops}
+    products = {dtype: make_matmul(dtype, args.device, (64, 64, 64) if args.tiny else MATMUL) for dtype in dtypes}
+    results = {}
+    functions = {name: lambda name=name: results.update({name: sides[name].run()}) for name in sides}
+    functions |= {dtype: function for dtype, (function, _) in products.items()}
+    seconds = time_sides(functions, args.device, args.repeats, 0 if args.tiny else LEAST_SECONDS)
+    baseline, rows = seconds[next(iter(sides))], {}
+    for name, side in sides.items():
+        ratios = [theirs / own for theirs, own in zip(baseline, seconds[name], strict=True)]
+        row = rows[name] = {"seconds": median(seconds[name]), "speedup": median(ratios)}
+        row |= {"least": min(ratios), "most": max(ratios), "rounds": seconds[name]}
+        if side.items:
+            row["rate"] = side.items / row["seconds"]
+        if side.flops:
+            rounds, product = zip(seconds[name], seconds[side.dtype], strict=True), products[side.dtype][1]
+            row["efficiency"] = median(side.flops / own * theirs / product for own, theirs in rounds)
+            row |= {"tflops": side.flops / row["seconds"] / 1e12, "flops": side.flops}
+            row["matmul_tflops"] = product / median(seconds[side.dtype]) / 1e12
+    return rows, case.compare(results) if case.compare else {}
 
 
-def start_memory(module, case, side, device):
-    """Peak MB above what was there before, of one side in a process of its own."""
-    words = [sys.executable, "-m", module.__spec__.name, "--device", device, "--memory", case, side]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def measure_memory(build, args):
+    """peak_mb and extra_mb of two calls, in this process, which has done nothing else; MB are 2**20 bytes."""
+    on_cpu, module = args.device.type == "cpu", torch.get_device_module(args.device)
+    now = (lambda: memory("VmRSS")) if on_cpu else (lambda: module.memory_allocated(args.device) / 2**20)
+    start = now()
+    side = build(args)
+    built = now()
+    if on_cpu:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # building may have needed more than it left
+    else:
+        module.reset_peak_memory_stats(args.device)
+    for _ in range(2):
+        side.run()
+    peak = memory("VmHWM") if on_cpu else module.max_memory_allocated(args.device) / 2**20
+    kept = side.kept and sum(tensor.nbytes for tensor in side.kept()) / 2**20
+    return {"peak_mb": peak, "extra_mb": peak - built if kept is None else peak - start - kept}
+
+
+def start_side(module, words):
+    """Measure the memory of one side in a new process."""
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{case} {side} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{module} {' '.join(words)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_memory(module, case, side, device):
-    """In this process: make the case and take the peak of two calls in MB."""
-    sides = module.make(device, **module.CASES[case], **module.MEMORY)
-    if torch.device(device).type == "cpu":
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        peak = lambda: memory("VmHWM")  # noqa: E731
-    else:
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated() / 1e6
-        peak = lambda: torch.accelerator.max_memory_allocated() / 1e6  # noqa: E731
-    for _ in range(2):
-        sides[side]()
-    return peak() - before - getattr(module, "copies", lambda **settings: 0)(**module.CASES[case])
-
-
-def judge(module, row):
-    """Verdicts on a row, {"ratio >= 1.4": whether it holds}."""
-    bars = getattr(module, "BARS", {}).get((row["case"], row["side"]), {})
-    verdicts = {}
-    for name, bar in bars.items():
-        sign, limit = bar.split()
-        verdicts[f"{name} {bar}"] = row[name] >= float(limit) if sign == ">=" else row[name] <= float(limit)
-    return verdicts
-
-
-def show(row):
-    """One line of the table."""
-    low, high = row["ratio_quartiles"]
-    parts = [
-        f"{row['case']:22} {row['side']:14} {row['seconds']:9.4f} s",
-        f"{row['ratio']:6.3f}x ({low:.3f}..{high:.3f})",
-    ]
-    if "efficiency" in row:
-        parts.append(f"efficiency {row['efficiency']:.3f}")
-    if "peak_mb" in row:
-        parts.append(f"peak {row['peak_mb']:6.0f} MB ({row['memory_ratio']:.3f})")
-    parts += [f"[{bar}: {'holds' if holds else 'MISSED'}]" for bar, holds in row["bars"].items()]
-    print("  ".join(parts), flush=True)
-
-
-def machine():
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": " ".join(sys.argv),
-        "date": date.today().isoformat(),
-    }
-
-
-def parse_args(doc):
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of all sides (default: 5)")
-    parser.add_argument("--case", action="append", help="only this case (can be repeated)")
-    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    parser.add_argument("--memory", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main(name):
-    """Run the benchmark module `name`."""
-    module = importlib.import_module(name) if name != "__main__" else sys.modules[name]
-    args, rows = parse_args(module.__doc__), []
-    torch.manual_seed(0)
-    if args.memory:
-        return print(json.dumps(measure_memory(module, *args.memory, args.device)))
-    for case in args.case or module.CASES:
-        found = compare(module, case, args.repeats, args.device)
-        if hasattr(module, "MEMORY"):
-            for row in found:
-                row["peak_mb"] = start_memory(module, case, row["side"], args.device)
-                row["memory_ratio"] = row["peak_mb"] / found[0]["peak_mb"]
-        for row in found:
-            row["bars"] = judge(module, row)
-            show(row)
-        rows += found
+def main(module, doc, cases, argv=None, parser=None):
+    """Run the cases of a module (its `__spec__.name` and `__doc__`); a parser of its own may have more flags."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = (parser or make_parser(doc)).parse_args(words)
+    args.device = find_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = [case for case in cases if args.case in (None, case.name)]
+    if not cases:
+        raise SystemExit(f"no case is called {args.case!r}")
+    if args.side:
+        print(json.dumps(measure_memory(cases[0].sides[args.side], args)))
+        return
+    done = []
+    for case in cases:
+        rows, found = measure_case(case, args)
+        for name in case.sides if case.memory else ():
+            rows[name] |= start_side(module, [*words, "--case", case.name, "--side", name])
+            least = rows[next(iter(rows))]["extra_mb"]
+            rows[name] |= {"extra_ratio": rows[name]["extra_mb"] / least} if least > 0 else {}
+        bars = [] if args.tiny else list(judge(case.bars, rows, found))
+        done.append({"case": case.name, "sides": rows, "found": found, "bars": bars})
+        show(done[-1])
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+        write_json(args.json, args.device, done)

@@ -1,48 +1,66 @@
 """Networks at the size of DiT-XL and their floating point operations, for the benchmarks."""
 
+from contextlib import nullcontext
+
 import torch
 
-from benchmarks.measure import autocast
 from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective
+from engine.run import DTYPES
 from models import SIZES, DiT
 
-WIDTH, HEADS, TOKENS = SIZES["XL"]["hidden_size"], SIZES["XL"]["num_heads"], 256
 
-
-def make_network(depth, device, **options):
+def make_network(args, depth, **options):
     """A DiT of XL width with random weights that are nowhere zero, so that no shortcut is taken."""
-    net = DiT(32, 2, 4, WIDTH, depth, HEADS, **options)
+    size = SIZES["T" if args.tiny else "XL"]
+    net = DiT(8 if args.tiny else 32, 2, 4, size["hidden_size"], depth, size["num_heads"], **options)
     for block in net.blocks:
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
-    return net.to(device)
+    return net.to(args.device)
 
 
-def objective(device):
-    return GaussianObjective(create_diffusion()).to(device)
+def make_objective(args):
+    return GaussianObjective(create_diffusion()).to(args.device)
 
 
-def batch(n, device):
+def make_batch(args, n):
     """Latents and labels."""
-    return torch.randn(n, 4, 32, 32, device=device), torch.arange(n, device=device)
+    side = 8 if args.tiny else 32
+    return torch.randn(n, 4, side, side, device=args.device), torch.arange(n, device=args.device)
 
 
-def block_flops(n):
+def autocast(args, precision):
+    """The context in which the project computes with this precision."""
+    return nullcontext() if precision == "fp32" else torch.autocast(args.device.type, DTYPES[precision])
+
+
+def block_flops(args, n):
     """Multiply-adds x 2 of one block's forward pass on n samples: linear maps, attention, modulation."""
-    linear, attention = 12 * WIDTH**2 * TOKENS, 2 * TOKENS**2 * WIDTH
-    return 2 * n * (linear + attention + 6 * WIDTH**2)
+    width, tokens = SIZES["T" if args.tiny else "XL"]["hidden_size"], 16 if args.tiny else 256
+    return 2 * n * (12 * width**2 * tokens + 2 * tokens**2 * width + 6 * width**2)
 
 
-def backward_of(step, x, y, device, precision, keep_gradients=False):
-    """A function that computes the gradients of one training step; keep_gradients: into memory that is there before."""
+def backward_of(args, step, batch, precision):
+    """A function that computes the gradients of one training step; for memory, into tensors that are there before."""
+    keep = bool(args.side)
     for p in step.parameters():
-        p.grad = torch.zeros_like(p) if keep_gradients and p.requires_grad else None
+        p.grad = torch.zeros_like(p) if keep and p.requires_grad else None
 
     def run():
-        for p in step.parameters() if not keep_gradients else ():
+        for p in step.parameters() if not keep else ():
             p.grad = None
-        with autocast(device, precision):
-            loss = step(x, y)["loss"].mean()
+        with autocast(args, precision):
+            loss = step(*batch)["loss"].mean()
         loss.backward()
 
     return run
+
+
+def weights_of(net, precision):
+    """Weights and gradients, and of trained matrices the copies that autocast makes of them."""
+    for p in net.parameters():
+        yield p
+        if p.requires_grad:
+            yield p.grad
+            if precision != "fp32" and p.ndim > 1:
+                yield torch.empty_like(p, dtype=DTYPES[precision], device="meta")
