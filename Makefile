@@ -22,5 +22,8 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q --durations=5
 
+bench: setup
+	$(BIN)/python -m benchmarks
+
 clean:
 	rm -rf .venv examples/digits/run examples/digits/run-sit examples/digits/run-mar

@@ -3,27 +3,23 @@
 torchrun --nnodes=1 --nproc_per_node=8 extract_features.py --data-path imagenet/train --features-path features
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from engine.cli import add_unused, count, launch, make_parser, parse, report_unused
 from engine.data import CORRUPT, DONE, LatentStore
 from engine.distributed import barrier
 from engine.errors import InputError, RunError, check_folder
-from engine.images import list_images, load_image
+from engine.images import from_uint8, list_images, picture_loader
 from engine.run import Run
 from engine.sampling import ImageDraws
-from engine.vae import check_vae, latent_size, load_codec
+from engine.vae import check_vae, encode_pictures, latent_size, load_codec
 from families import family_of
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        "extract_features", __doc__, "data-path model image-size num-classes global-seed vae num-workers device"
-    )
+    flags = "data-path model image-size num-classes global-seed vae num-workers precision device"
+    parser = make_parser("extract_features", __doc__, flags)
     parser.add_argument("--features-path", default="features", help="folder for the latents (default: features)")
     parser.add_argument("--batch-size", type=count, default=8, help="images encoded together with their mirrors")
     add_unused(
@@ -49,6 +45,7 @@ def open_store(args, run, labels, classes, codec):
         "vae": args.vae,
         "scale": getattr(codec, "scale", 1.0),
         "seed": args.global_seed,
+        "precision": run.precision,
     }
     try:
         if run.is_main:
@@ -57,7 +54,8 @@ def open_store(args, run, labels, classes, codec):
         store = LatentStore(args.features_path, "r+")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--features-path {args.features_path}: damaged ({error!r}); take another") from None
-    different = [name for name, value in metadata.items() if store.metadata.get(name) != value]
+    found = {"precision": "fp32", **store.metadata}  # the only one there was before it was recorded
+    different = [name for name, value in metadata.items() if found.get(name) != value]
     if different or store.labels.tolist() != labels:
         what = different[0] if different else "labels"
         raise InputError(
@@ -66,19 +64,22 @@ def open_store(args, run, labels, classes, codec):
     return store
 
 
-def read_batch(pool, run, paths, images, size):
-    """Pictures that can be read: their numbers, and a tensor (n, 3, size, size)."""
-
-    def read(i):
-        try:
-            return load_image(paths[i], size)
-        except ValueError as error:
-            tqdm.write(str(error))
-            return None
-
-    pictures = dict(zip(images, pool.map(read, images), strict=True))
-    good = [i for i in images if pictures[i] is not None]
-    return good, torch.stack([pictures[i] for i in good]) if good else None
+def encode_batches(args, run, codec, store, paths, batches):
+    """Write the latents of these pictures and their mirrors, and who could not be read."""
+    pictures = picture_loader(paths, args.image_size, batches, args.num_workers, run.device)
+    bar = tqdm(pictures, desc="encoding batches", disable=not run.is_main)
+    for batch, (good, pixels, errors) in zip(batches, bar, strict=True):
+        store.status[[i for i in batch if i not in good]] = CORRUPT
+        for error in errors:
+            tqdm.write(error)
+        if not good:
+            continue
+        draws = ImageDraws(run.seed, good, codec.noise_shape(args.image_size), run.device)
+        latents = encode_pictures(codec, run, from_uint8(pixels.to(run.device)), draws)
+        store.features[good] = latents.cpu().numpy()
+        store.status[good] = DONE
+    store.features.flush()
+    store.status.flush()
 
 
 def main(args):
@@ -91,25 +92,13 @@ def main(args):
     check_vae(args.vae, latents)
     check_folder("--features-path", args.features_path)
     run = Run(args, one_thread=True)
-    codec = load_codec(args.vae, latents, run.device)
+    codec = load_codec(args.vae, latents, run.device, channels_last=run.precision != "fp32")
     store = open_store(args, run, labels, classes, codec)
 
     # Batches are the same for any number of processes, and so is the noise of each image: so are the latents.
     batches = [range(i, min(i + args.batch_size, len(paths))) for i in range(0, len(paths), args.batch_size)]
     mine = [batch for batch in batches[run.rank :: run.world] if (store.status[batch] != DONE).any()]
-    with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
-        for batch in tqdm(mine, desc="encoding batches", disable=not run.is_main):
-            good, pictures = read_batch(pool, run, paths, batch, args.image_size)
-            store.status[[i for i in batch if i not in good]] = CORRUPT
-            if not good:
-                continue
-            draws = ImageDraws(run.seed, good, codec.noise_shape(args.image_size), run.device)
-            for version, picture in enumerate((pictures, pictures.flip(-1))):
-                encoded = codec.encode(picture.to(run.device), draws.noise())
-                store.features[good, version] = encoded.float().cpu().numpy()
-            store.status[good] = DONE
-    store.features.flush()
-    store.status.flush()
+    encode_batches(args, run, codec, store, paths, mine)
     barrier()
     corrupt = np.flatnonzero(store.status == CORRUPT)
     run.print(f"{len(paths) - len(corrupt)} of {len(paths)} images encoded in {args.features_path}")

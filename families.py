@@ -92,7 +92,9 @@ def _masked_objective(args):
 
 def _masked_sampler(args):
     diffusion = create_diffusion(str(args.num_sampling_steps), "squaredcos_cap_v2")
-    return MaskedSampler(diffusion, args.num_iter, args.cfg_scale, args.cfg_schedule, args.temperature)
+    guidance = {"cfg_scale": args.cfg_scale, "schedule": args.cfg_schedule}
+    options = {"temperature": args.temperature, "clip_denoised": args.clip_denoised}
+    return MaskedSampler(diffusion, args.num_iter, **guidance, **options)
 
 
 def _check_masked(args, config):
@@ -264,6 +266,11 @@ MAR_FAMILY = Family(
         "sample": {
             "num-iter": {"type": int, "default": 64, "help": "steps in which the tokens are revealed"},
             "cfg-schedule": {"choices": tuple(GUIDANCE), "default": "linear", "help": "guidance over the steps"},
+            "clip-denoised": {
+                "action": "store_true",
+                "default": False,
+                "help": "keep predicted data in [-1, 1]: for pixels (--vae none)",
+            },
             "temperature": {**NUMBER, "default": 1.0, "help": "factor of the head's noise"},
         },
     },

@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine.checkpoint import told_by_weights, write_atomically
 from engine.distributed import world_size
 from engine.errors import InputError
+from engine.images import as_it_is
 from engine.vae import latent_size
 from families import family_of
 
@@ -48,22 +52,27 @@ class LatentStore:
 
 
 class LatentDataset(Dataset):
-    """Latents of a folder, ours or the original's. Item `2 * image + version`; whole batches by `__getitems__`."""
+    """Latents of a folder, ours or the original's. Item `2 * image + version`; whole batches by `__getitems__`.
+
+    mapped: reading a batch is one copy out of a memory map, rather than opening files.
+    """
 
     def __init__(self, folder):
-        if os.path.isfile(os.path.join(folder, "metadata.json")):
-            self.metadata, self.images, self.labels, self.read = _open_store(folder)
-        else:
-            self.metadata, self.images, self.labels, self.read = _open_published(folder)
+        self.mapped = os.path.isfile(os.path.join(folder, "metadata.json"))
+        opened = _open_store(folder) if self.mapped else _open_published(folder)
+        self.metadata, self.images, self.labels, self.read = opened
 
     def __len__(self):
         return len(self.images)
 
-    def __getitems__(self, items):
+    def __getitems__(self, items, pin_memory=False):
+        """Latents (N, C, h, w) float32 and labels (N,), read straight into pinned memory if a GPU will fetch them."""
         items = np.asarray(items)
         positions = items // 2
-        x = self.read(self.images[positions], items % 2)
-        return torch.from_numpy(np.ascontiguousarray(x, np.float32)), torch.from_numpy(self.labels[positions])
+        x = torch.empty(len(items), *self.metadata["shape"], pin_memory=pin_memory)
+        self.read(self.images[positions], items % 2, out=x.numpy())
+        y = torch.from_numpy(self.labels[positions])
+        return x, y.pin_memory() if pin_memory else y
 
     def __getitem__(self, item):
         x, y = self.__getitems__([item])
@@ -75,8 +84,8 @@ def _open_store(folder):
         store = LatentStore(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--data-path {folder}: damaged latents ({error!r}); {READ_AGAIN}") from None
-    n, expected = len(store.labels), (2, *store.shape)
-    if not (len(store.status) == n and store.features.shape == (n, *expected)):
+    n, found = len(store.labels), (store.features.shape, store.features.dtype)
+    if not (len(store.status) == n and found == ((n, 2, *store.shape), np.float32)):
         raise InputError(f"--data-path {folder}: features, labels and metadata do not match; {READ_AGAIN}")
     pending = int((store.status == PENDING).sum())
     if pending:
@@ -84,7 +93,12 @@ def _open_store(folder):
             f"--data-path {folder}: {pending} of {len(store.status)} images are not encoded yet; {READ_AGAIN}"
         )
     images = np.flatnonzero(store.status == DONE)
-    return store.metadata, images, np.array(store.labels[images]), lambda i, version: store.features[i, version]
+    rows = store.features.reshape(-1, *store.shape)  # a view, in the order of 2 * image + version
+
+    def read(images, versions, out):
+        np.take(rows, 2 * images + versions, axis=0, out=out, mode="clip")  # "raise" would copy everything twice
+
+    return store.metadata, images, np.array(store.labels[images]), read
 
 
 def _open_published(folder):
@@ -107,9 +121,10 @@ def _open_published(folder):
     if len(shapes) > 1 or len(next(iter(shapes))) != 3:
         raise InputError(f"--data-path {folder}: expected files of (2, C, h, w), found {shapes}; {READ_AGAIN}")
 
-    def read(images, versions):
+    def read(images, versions, out):
         pictures = (np.load(files["features"][names[i]], mmap_mode="r") for i in images)
-        return np.stack([pair[min(version, len(pair) - 1)] for pair, version in zip(pictures, versions, strict=True)])
+        chosen = [pair[min(version, len(pair) - 1)] for pair, version in zip(pictures, versions, strict=True)]
+        np.stack(chosen, out=out)
 
     return {"shape": list(shapes.pop())}, np.arange(len(names)), labels, read
 
@@ -200,17 +215,29 @@ class BatchOrder:
             yield (2 * order[start : start + self.batch] + version)[self.part].tolist()
 
 
-def _as_it_is(batch):
-    return batch
+def read_ahead(read, order, depth=2):
+    """read(items) for each element of `order`, in its order; a thread keeps up to `depth` results ready."""
+    with ThreadPoolExecutor(1) as pool:
+        ready = deque()
+        for items in order:
+            ready.append(pool.submit(read, items))
+            if len(ready) > depth:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
 
 
 def latent_loader(dataset, args, run, steps):
-    """Batches (x, y) of this process for the given range of steps."""
+    """Batches (x, y) of this process for the given range of steps, read while the step before them is computed.
+
+    By --num-workers processes if every image is a file. Sending a batch between processes takes longer than copying it
+    out of a memory map: there, one thread does it for any number of workers, and with none the caller itself.
+    """
     order = BatchOrder(len(dataset), args.global_batch_size, args.global_seed, args.mirror, steps, run.rank, run.world)
+    pin_memory = run.device.type == "cuda"
+    if dataset.mapped:
+        read = partial(dataset.__getitems__, pin_memory=pin_memory)
+        return read_ahead(read, order) if args.num_workers else map(read, order)
     return DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=_as_it_is,
-        num_workers=args.num_workers,
-        pin_memory=run.device.type == "cuda",
+        dataset, batch_sampler=order, collate_fn=as_it_is, num_workers=args.num_workers, pin_memory=pin_memory
     )

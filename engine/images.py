@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from engine.checkpoint import write_atomically
 from engine.errors import InputError
@@ -41,14 +42,60 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def load_image(path, size):
-    """One picture as a tensor (3, size, size) in [-1, 1]. Raises ValueError for a file that cannot be read."""
+def load_pixels(path, size):
+    """One picture as a uint8 tensor (size, size, 3). Raises ValueError for a file that cannot be read."""
     try:
         with Image.open(path) as image:
             pixels = np.asarray(center_crop(image.convert("RGB"), size))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
         raise ValueError(f"corrupt image {path}: {error}; mend or remove it") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(pixels.copy())
+
+
+def from_uint8(pixels):
+    """Pixels (..., H, W, 3) uint8 -> tensor (..., 3, H, W) in [-1, 1]."""
+    return pixels.movedim(-1, -3).float() / 127.5 - 1
+
+
+def load_image(path, size):
+    """One picture as a tensor (3, size, size) in [-1, 1]. Raises ValueError for a file that cannot be read."""
+    return from_uint8(load_pixels(path, size))
+
+
+def as_it_is(batch):
+    """What `__getitems__` of a data set made of a whole batch; for DataLoader, which sends functions by name."""
+    return batch
+
+
+class Pictures(Dataset):
+    """Pictures by number, a batch at a time: those that can be read, their pixels, and what is wrong with the others.
+
+    Pixels are uint8 (n, size, size, 3), or None if n is 0: a quarter of the bytes to send between processes.
+    """
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __getitems__(self, numbers):
+        good, pixels, errors = [], [], []
+        for i in numbers:
+            try:
+                pixels.append(load_pixels(self.paths[i], self.size))
+                good.append(i)
+            except ValueError as error:
+                errors.append(str(error))
+        return good, torch.stack(pixels) if good else None, errors
+
+
+def picture_loader(paths, size, batches, workers, device):
+    """Batches of Pictures in the order of `batches` (lists of numbers), read ahead by that many processes."""
+    return DataLoader(
+        Pictures(paths, size),
+        batch_sampler=batches,
+        collate_fn=as_it_is,
+        num_workers=min(workers, len(batches), os.cpu_count() or 1),
+        pin_memory=device.type == "cuda",
+    )
 
 
 def to_uint8(images):

@@ -22,19 +22,19 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import report  # noqa: E402  (it imports the project from ROOT)
 
-FAMILIES = {  # teacher, student, flags of sampling, and what else its training from scratch takes
-    "DiT": ("DiT-T/4", "DiT-T-D6/4", {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20}, {}),
+FAMILIES = {  # teacher, student, flags of sampling, flags of training from scratch
+    "DiT": ("DiT-T/4", "DiT-T-D6/4", {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20}, {"epochs": 114}),
     "SiT": (
         "SiT-T/4",
         "SiT-T-D6/4",
         {"cfg-scale": 2.0, "sampling-method": "heun2", "num-sampling-steps": 11},
-        {"clip-norm": 1.0},
+        {"epochs": 114, "clip-norm": 1.0},
     ),
     "MAR": (
         "MAR-T",
         "MAR-T-D6",
-        {"cfg-scale": 2.0, "num-iter": 4, "num-sampling-steps": 20},
-        {"clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
+        {"cfg-scale": 3.0, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
+        {"epochs": 130, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
     ),
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +46,7 @@ DEPTH, KEPT = 12, 6
 METHODS = ("learned", "block-influence", "bk-sdm", "random")
 DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
 STEPS_PER_EPOCH = 1797 // 128
-TEACHER_EPOCHS, RECOVERY_EPOCHS = 114, 20
+TEACHER_EPOCHS, RECOVERY_EPOCHS = SCRATCH["epochs"], 20
 TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25}
 RECOVER = {**TRAIN, "model": STUDENT, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
 LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}
@@ -67,7 +67,8 @@ def command(script, *switches, processes=1, **flags):
     words = ["python"] if processes == 1 else ["torchrun", "--nnodes=1", f"--nproc_per_node={processes}"]
     words.append(script)
     for name, value in flags.items():
-        words += ["--" + name.replace("_", "-"), *(value.split() if name == "betas" else [str(value)])]
+        values = [] if value is True else value.split(" ") if name == "betas" else [str(value)]
+        words += ["--" + name.replace("_", "-"), *values]
     return words + list(switches)
 
 
@@ -90,7 +91,7 @@ def stages():
     """The stages in order; each is a dict name -> command, and its commands do not depend on each other."""
     files, teacher = weights(), weights()["teacher"]
     images = {"data-path": RUN / "images", "features-path": RUN / "features", "image-size": 8, "vae": "none"}
-    rate = {"epochs": TEACHER_EPOCHS, "lr": 2e-3, "min-lr": 2e-5, "ema-decay": 0.99}
+    rate = {"lr": 2e-3, "min-lr": 2e-5, "ema-decay": 0.99}
     yield {"encode": command("extract_features.py", processes=2, model=TEACHER, **images)}
     yield {"teacher": command("train.py", processes=2, model=TEACHER, prefix="teacher", **rate, **TRAIN, **SCRATCH)}
 

@@ -29,7 +29,7 @@ def load_samples(folder):
 
 def measure_speed(files, settings, rounds=5, n=50):
     """Images per second of networks sampled in turns, so that a busy machine slows all alike: medians over rounds."""
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value)) if word != "True"]
     loaded = []
     for file in files:
         parser = make_parser("sample", "", SAMPLING_FLAGS + " seed", "sample")

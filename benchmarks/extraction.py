@@ -1,0 +1,116 @@
+"""Images per second of extraction: ours in bfloat16 against batch 1 in float32, each by two processes of one thread.
+
+The autoencoder has the sizes of stabilityai/sd-vae-ft-ema and random weights; pictures are JPEG files of 500 x 375,
+encoded at 256 px with their mirrors. Processes and network are there before the clock starts.
+"""
+
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Case, Side, main
+from engine.images import from_uint8, picture_loader
+from engine.run import Run
+from engine.sampling import ImageDraws
+from engine.vae import encode_pictures, load_codec
+from families import SD_VAE
+
+PROCESSES, LEVELS = 2, 4
+
+
+def make_vae(widths):
+    from diffusers.models import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * LEVELS,
+        up_block_types=["UpDecoderBlock2D"] * LEVELS,
+    )
+
+
+@cache
+def make_folder(widths, n):
+    """A folder with an autoencoder and n pictures: a coarse random pattern with some noise, as JPEG."""
+    folder, rng = tempfile.TemporaryDirectory(), np.random.default_rng(0)
+    torch.manual_seed(0)
+    make_vae(widths).save_pretrained(folder.name)
+    for i in range(n):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        noisy = np.asarray(coarse) + rng.normal(0, 8, (375, 500, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(Path(folder.name) / f"{i}.jpg")
+    return folder
+
+
+def count_flops(widths, size):
+    """FLOPs of encoding a picture and its mirror."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        make_vae(widths).encode(torch.empty(2, 3, size, size))
+    return counter.get_total_flops()
+
+
+@cache
+def start(folder, device, precision):
+    """The run and the codec, once per process."""
+    run = Run(SimpleNamespace(device=device, precision=precision, seed=0), one_thread=True)
+    return run, load_codec(folder, SD_VAE, run.device, channels_last=precision != "fp32")
+
+
+def extract(folder, device, precision, batch, size, numbers, workers):
+    """Latents (n, 2, 4, h, w) of the pictures with these numbers, as extract_features.py makes them."""
+    run, codec = start(folder, device, precision)
+    paths, done = {i: f"{folder}/{i}.jpg" for i in numbers}, []
+    batches = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
+    for good, pixels, _ in picture_loader(paths, size, batches, workers, run.device):
+        draws = ImageDraws(run.seed, good, codec.noise_shape(size), run.device)
+        done.append(encode_pictures(codec, run, from_uint8(pixels.to(run.device)), draws).cpu().numpy())
+    return np.concatenate(done)
+
+
+def build(precision, batch, workers):
+    """A builder of a side: `images` pictures, one share for each process."""
+
+    def side(args):
+        widths, size, images = ((32,) * LEVELS, 32, 4) if args.tiny else ((128, 256, 512, 512), 256, 4)
+        folder = make_folder(widths, images).name
+        # A process that was forked from one with threads may hang.
+        pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(PROCESSES)]
+
+        def run():
+            settings = (folder, str(args.device), precision, batch, size)
+            shares = [list(range(rank, images, PROCESSES)) for rank in range(PROCESSES)]
+            found = [pool.submit(extract, *settings, share, workers) for pool, share in zip(pools, shares, strict=True)]
+            return np.concatenate([each.result() for each in found])
+
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        return Side(run, items=images, flops=images * count_flops(widths, size), dtype=dtype)
+
+    return side
+
+
+def compare(latents):
+    plain, ours = latents.values()
+    return {"difference": float(np.abs(plain - ours).max() / np.abs(plain).max())}
+
+
+CASES = [
+    Case(
+        "extraction",
+        {"float32, batch 1": build("fp32", 1, 0), "ours, bfloat16": build("bf16", 8, 1)},
+        bars=[("speedup", "ours, bfloat16", ">=", 1.25), ("difference", None, "<=", 0.03)],
+        compare=compare,
+        memory=False,  # that of the two processes would not count
+    )
+]
+
+if __name__ == "__main__":
+    main(__spec__.name, __doc__, CASES)

@@ -1,0 +1,61 @@
+"""The benchmarks run at a tiny size, say where their numbers are from, and their harness counts right."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.__main__ import NAMES
+from benchmarks.report import judge
+
+MODULES = [n for n in NAMES if n != "evaluator" and importlib.util.find_spec(f"benchmarks.{n}")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module(root, tmp_path, name):
+    target = tmp_path / "out" / f"{name}.json"
+    flags = ["--tiny", "--repeats", "1", "--device", "cpu", "--json", str(target)]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = json.loads(target.read_text())
+    assert {"python", "torch", "cpu", "threads", "device", "command", "date"} <= set(written["machine"])
+    assert written["cases"]
+    for case in written["cases"]:
+        assert case["case"] in done.stdout
+        assert all(len(row["rounds"]) == 1 and row["seconds"] > 0 for row in case["sides"].values())
+
+
+def test_sides_take_turns():
+    """A warm-up, a call to see how long it takes, and then as many rounds as asked for."""
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = measure.time_sides(sides, torch.device("cpu"), 3, least_seconds=0)
+    assert calls == list("aabbababab")
+    assert [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_efficiency_of_a_matmul_is_about_one():
+    cpu = torch.device("cpu")
+    run, flops = measure.make_matmul(torch.float32, cpu, (512, 512, 512))
+    assert flops == 2 * 512**3
+    case = measure.Case("c", {"x": lambda _: measure.Side(run, items=2, flops=flops)}, compare=lambda r: {"n": len(r)})
+    args = measure.make_parser("").parse_args(["--repeats", "3"])
+    args.device = cpu
+    rows, found = measure.measure_case(case, args)
+    assert 0.05 < rows["x"]["efficiency"] < 20
+    assert rows["x"]["speedup"] == 1
+    assert rows["x"]["rate"] == pytest.approx(2 / rows["x"]["seconds"])
+    assert found == {"n": 1}
+    assert measure.matmul_rate(torch.float32, cpu, (64, 64, 64), 1) > 0
+
+
+def test_bars():
+    rows, found = {"ours": {"speedup": 2.0}}, {"difference": 0.5}
+    bars = [("speedup", "ours", ">=", 1.5), ("speedup", "ours", "<=", 1.5), ("difference", None, "<=", math.inf)]
+    assert [bar["holds"] for bar in judge(bars, rows, found)] == [True, False, True]
