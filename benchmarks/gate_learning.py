@@ -6,7 +6,15 @@ Also how the cost grows with the depth, the batch and the number of candidates o
 from functools import partial
 
 from benchmarks.measure import Case, Side, main
-from benchmarks.networks import backward_of, block_flops, make_batch, make_network, make_objective, weights_of
+from benchmarks.networks import (
+    backward_of,
+    block_flops,
+    make_batch,
+    make_family_step,
+    make_network,
+    make_objective,
+    weights_of,
+)
 from diffusion.objectives import TrainStep
 from engine.run import DTYPES, hold_frozen
 from pruning.gates import block_stacks
@@ -34,6 +42,20 @@ def build(args, form="sparse", update="full", precision="fp32", depth=8, n=8, gr
     return Side(run, n, flops, DTYPES[precision], lambda: weights_of(net, precision))
 
 
+def build_family(args, name, form, **config):
+    """Gradients of one step of another family, in bf16."""
+    step, batch = make_family_step(args, name, **config)
+    for stack in block_stacks(step.net):
+        stack.dense, stack.gate_samples = FORMS[form]
+    batch = [tensor.to(args.device) for tensor in batch]
+    return Side(backward_of(args, step, batch, "bf16"), len(batch[0]))
+
+
+def compare_family(name, bar, **config):
+    sides = {form: partial(build_family, name=name, form=form, **config) for form in ("dense", "sparse")}
+    return Case(f"{name} bf16", sides, [("speedup", "sparse", ">=", bar)], memory=False)
+
+
 def compare_forms(update, precision):
     bars = [("speedup", form, ">=", bar) for form, bar in BARS[update].items()]
     sides = {form: partial(build, form=form, update=update, precision=precision) for form in FORMS}
@@ -42,6 +64,8 @@ def compare_forms(update, precision):
 
 CASES = [compare_forms(update, precision) for precision in ("fp32", "bf16") for update in BARS]
 CASES += [
+    compare_family("SiT-XL-1-2", 1.25, depth=8, groups=[[1, 2]] * 4),
+    compare_family("MAR-L-1-2", 1.15),
     Case("depth", {f"{d} layers": partial(build, precision="bf16", depth=d, n=4) for d in (4, 8, 16, 28)}),
     Case("batch", {f"{n} images": partial(build, precision="bf16", depth=4, n=n) for n in (2, 4, 8, 16)}),
     Case(

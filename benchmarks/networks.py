@@ -1,12 +1,14 @@
 """Networks at the size of DiT-XL and their floating point operations, for the benchmarks."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import torch
 
 from diffusion import create_diffusion
-from diffusion.objectives import GaussianObjective
+from diffusion.objectives import GaussianObjective, TrainStep
 from engine.run import DTYPES
+from families import create_model, family_of
 from models import SIZES, DiT
 
 
@@ -21,6 +23,16 @@ def make_network(args, depth, **options):
 
 def make_objective(args):
     return GaussianObjective(create_diffusion()).to(args.device)
+
+
+def make_family_step(args, name, **config):
+    """A training step of a registered network, whole, with the usual settings of its family, and a batch of latents."""
+    family, name = family_of(name), f"{name[:3]}-T-1-2" if args.tiny else name
+    settings = {flag.replace("-", "_"): row["default"] for flag, row in family.flags["train"].items()}
+    net = create_model(name, **({} if args.tiny else config)).train().to(args.device)
+    step = TrainStep(net, family.objective(SimpleNamespace(**settings)).to(args.device))
+    n = 2 if args.tiny else 4
+    return step, (torch.randn(n, net.in_channels, net.input_size, net.input_size), torch.arange(n))
 
 
 def make_batch(args, n):

@@ -34,7 +34,7 @@ FAMILIES = {  # teacher, student, flags of sampling, flags of training from scra
         "MAR-T",
         "MAR-T-D6",
         {"cfg-scale": 3.0, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
-        {"epochs": 130, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
+        {"epochs": 120, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
     ),
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

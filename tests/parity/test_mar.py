@@ -21,6 +21,8 @@ from diffusion.masked import (
     sample_latents,
 )
 from engine.kl16 import build_kl16, make_kl16, rename_key
+from engine.trainer import cosine_schedule, decay_groups
+from families import family_of
 from models_mar import MAR, MAR_models
 from pruning.distillation import DistillStep, layer_pairs, masked_feature_loss
 from pruning.gates import decide
@@ -515,3 +517,20 @@ def test_autoencoder():
     z.check("scale_factor", vae.config.scaling_factor, 1e-7)
     z.check("moments", vae.encode(z["image"]).latent_dist.parameters)
     z.check("decoded", vae.decode(z["z"]).sample)
+
+
+def test_learning_rate():
+    z = Recording("schedule", torch.float64)
+    for name, last in (("constant", 8e-4), ("cosine", 1e-5)):
+        rate = cosine_schedule(8e-4, last, 400, warmup_steps=100)
+        z.check(f"lr_{name}", torch.tensor([rate(epoch) for epoch in z.arrays["lr_epochs"]]), 1e-6)
+
+
+def test_weight_decay():
+    """Which weights decay in training from scratch."""
+    z = Recording("forward")
+    net = z.network()
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = decay_groups(net, 0.02, family_of("MAR-L").no_decay)
+    found = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in groups}
+    assert found == {0.02: set(z.arrays["decay_keys"].tolist()), 0.0: set(z.arrays["no_decay_keys"].tolist())}
