@@ -33,8 +33,8 @@ FAMILIES = {  # teacher, student, flags of sampling, flags of training from scra
     "MAR": (
         "MAR-T",
         "MAR-T-D6",
-        {"cfg-scale": 3.0, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
-        {"epochs": 120, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
+        {"cfg-scale": 4.0, "temperature": 0.9, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
+        {"epochs": 110, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
     ),
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,9 +46,9 @@ DEPTH, KEPT = 12, 6
 METHODS = ("learned", "block-influence", "bk-sdm", "random")
 DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
 STEPS_PER_EPOCH = 1797 // 128
-TEACHER_EPOCHS, RECOVERY_EPOCHS = SCRATCH["epochs"], 20
+TEACHER_EPOCHS, RECOVERY_EPOCHS = SCRATCH["epochs"], {"MAR": 16}.get(FAMILY, 20)
 TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25}
-RECOVER = {**TRAIN, "model": STUDENT, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
+RECOVER = {**TRAIN, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
 LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}
 IMAGES = 500
 
@@ -77,13 +77,18 @@ def checkpoint(prefix, model, epochs):
     return folder / f"{epochs * STEPS_PER_EPOCH:07d}.pt"
 
 
+def student(method):
+    """The model that a method has left; scores and random layers may cut the stacks of MAR unevenly."""
+    return report.read_facts(RUN / f"{method}.pt").get("model", STUDENT)
+
+
 def weights():
     """Name of every model in the report -> its file of weights."""
     files = {"teacher": checkpoint("teacher", TEACHER, TEACHER_EPOCHS)}
     for method in METHODS:
         files[method] = RUN / f"{method}.pt"
-        files[f"{method} + fine-tuning"] = checkpoint(f"{method}-ft", STUDENT, RECOVERY_EPOCHS)
-    files["learned + Masked KD"] = checkpoint("learned-kd", STUDENT, RECOVERY_EPOCHS)
+        files[f"{method} + fine-tuning"] = checkpoint(f"{method}-ft", student(method), RECOVERY_EPOCHS)
+    files["learned + Masked KD"] = checkpoint("learned-kd", student("learned"), RECOVERY_EPOCHS)
     return files
 
 
@@ -105,15 +110,23 @@ def stages():
         "bk-sdm": command("prune_by_index.py", **prune, scheme="bk-sdm", save_model=files["bk-sdm"]),
         "random": command("prune_by_index.py", **prune, kept_indices=kept, save_model=files["random"]),
     }
-    distil = {"prefix": "learned-kd", "load-weight": files["learned"], "teacher": TEACHER, "load-teacher": teacher}
+    distil = {
+        "prefix": "learned-kd",
+        "model": student("learned"),
+        "load-weight": files["learned"],
+        "teacher": TEACHER,
+        "load-teacher": teacher,
+    }
     yield {"Masked KD": command("train_masked_kd.py", **distil, **RECOVER)} | {
-        f"fine-tune {method}": command("train.py", prefix=f"{method}-ft", load_weight=files[method], **RECOVER)
+        f"fine-tune {method}": command(
+            "train.py", prefix=f"{method}-ft", model=student(method), load_weight=files[method], **RECOVER
+        )
         for method in METHODS
     }
     samples = {"num-fid-samples": IMAGES, "per-proc-batch-size": 250, **SAMPLING}
     yield {
         f"sample {name}": command("sample_ddp.py", ckpt=file, sample_dir=sample_folder(name), **samples)
-        for name, file in files.items()
+        for name, file in weights().items()
     }
 
 
