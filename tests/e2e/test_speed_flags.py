@@ -115,7 +115,9 @@ class Fixed(nn.Module):
 def test_accumulated_step_is_the_whole_step():
     weights = []
     for parts in ("1", "4"):
-        parser = make_parser("", "compile grad-checkpointing grad-accumulation precision device ema-decay clip-norm")
+        parser = make_parser(
+            "train", "", "compile grad-checkpointing grad-accumulation precision device ema-decay clip-norm"
+        )
         args = parser.parse_args(["--grad-accumulation", parts, "--device", "cpu"])
         step = Fixed()
         trainer = Trainer(Run(args), step, [{"params": list(step.parameters()), "lr": 0.1}], step.net, args)
