@@ -47,7 +47,7 @@ class Family:
     stacks: Callable  # constructor arguments -> layers of every stack
     with_stacks: Callable  # layers of every stack -> constructor arguments
     describe: Callable  # state dict -> what its shapes tell
-    flags: dict  # "train" and "sample": flags that not all families have -> rows for argparse
+    flags: dict  # "train" and "sample": flags that not all families have -> rows for argparse, with a range
     check: Callable = lambda args, config: None  # flags and constructor arguments -> ValueError if they do not fit
     defaults: dict = field(default_factory=dict)  # script or "all" -> defaults of shared flags
     plain: dict = field(default_factory=dict)  # defaults of train.py without weights to start from
@@ -145,12 +145,12 @@ def _with_two_stacks(depths):
     return {"encoder_depth": encoder, "decoder_depth": decoder}
 
 
-CHANNELS = {"type": int, "default": 3, "help": "number of output channels, from the first, that are guided"}
+AMOUNT, SHARE, COUNT = ({"type": t, "range": r} for t, r in ((float, (0,)), (float, (0, 1)), (int, (1,))))
+CHANNELS = {**COUNT, "default": 3, "help": "number of output channels, from the first, that are guided"}
 PATH_FLAGS = {
     "path-type": {"choices": tuple(PATHS), "default": "Linear", "help": "path between noise and data"},
     "prediction": {"choices": PREDICTIONS, "default": "velocity", "help": "what the network predicts"},
 }
-NUMBER = {"type": float}
 SD_VAE = Latents(
     hub={name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}, factor=8, channels=4, scale=0.18215
 )
@@ -183,7 +183,7 @@ DIT = Family(
             },
             "cfg-channels": CHANNELS,
             "cfg-interval": {
-                **NUMBER,
+                **SHARE,
                 "nargs": 2,
                 "default": [0.0, 1.0],
                 "help": "guide between these parts of the way, 0 noise, 1 picture",
@@ -222,7 +222,7 @@ SIT = Family(
                 "default": None,
                 "help": "weight of the loss over time (default: none)",
             },
-            "train-eps": {**NUMBER, "default": None, "help": "distance to the ends of time (default: as needed)"},
+            "train-eps": {**SHARE, "default": None, "help": "distance to the ends of time (default: as needed)"},
         },
         "sample": {
             "mode": {"nargs": "?", "choices": ("ODE", "SDE"), "default": "ODE", "help": "what is solved"},
@@ -232,14 +232,14 @@ SIT = Family(
                 "default": None,
                 "help": "Euler or Heun for SDE; for ODE one of torchdiffeq's (default: Euler; dopri5)",
             },
-            "atol": {**NUMBER, "default": 1e-6, "help": "absolute tolerance of an adaptive ODE solver"},
-            "rtol": {**NUMBER, "default": 1e-3, "help": "relative tolerance of an adaptive ODE solver"},
+            "atol": {**AMOUNT, "default": 1e-6, "help": "absolute tolerance of an adaptive ODE solver"},
+            "rtol": {**AMOUNT, "default": 1e-3, "help": "relative tolerance of an adaptive ODE solver"},
             "reverse": {"action": "store_true", "default": False, "help": "ODE: from data to noise"},
-            "sample-eps": {**NUMBER, "default": None, "help": "distance to the ends of time (default: as needed)"},
+            "sample-eps": {**SHARE, "default": None, "help": "distance to the ends of time (default: as needed)"},
             "diffusion-form": {"choices": FORMS, "default": "sigma", "help": "SDE: noise over time"},
-            "diffusion-norm": {**NUMBER, "default": 1.0, "help": "SDE: amount of noise"},
+            "diffusion-norm": {**AMOUNT, "default": 1.0, "help": "SDE: amount of noise"},
             "last-step": {"choices": LAST_STEPS, "default": "Mean", "help": "SDE: kind of the last step"},
-            "last-step-size": {**NUMBER, "default": 0.04, "help": "SDE: length of the last step, in time"},
+            "last-step-size": {**SHARE, "default": 0.04, "help": "SDE: length of the last step, in time"},
         },
     },
     defaults={"sample_ddp": {"cfg_scale": 1.0}, "train_masked_kd": {"teacher": "SiT-XL/2", "beta": 2e-4}},
@@ -260,18 +260,18 @@ MAR_FAMILY = Family(
     describe=_describe_mar,
     flags={
         "train": {
-            "mask-ratio-min": {**NUMBER, "default": 0.7, "help": "smallest share of hidden tokens"},
-            "diffusion-batch-mul": {"type": int, "default": 4, "help": "noisings of every hidden token"},
+            "mask-ratio-min": {**SHARE, "default": 0.7, "help": "smallest share of hidden tokens"},
+            "diffusion-batch-mul": {**COUNT, "default": 4, "help": "noisings of every hidden token"},
         },
         "sample": {
-            "num-iter": {"type": int, "default": 64, "help": "steps in which the tokens are revealed"},
+            "num-iter": {**COUNT, "default": 64, "help": "steps in which the tokens are revealed"},
             "cfg-schedule": {"choices": tuple(GUIDANCE), "default": "linear", "help": "guidance over the steps"},
             "clip-denoised": {
                 "action": "store_true",
                 "default": False,
                 "help": "keep predicted data in [-1, 1]: for pixels (--vae none)",
             },
-            "temperature": {**NUMBER, "default": 1.0, "help": "factor of the head's noise"},
+            "temperature": {**AMOUNT, "default": 1.0, "help": "factor of the head's noise"},
         },
     },
     check=_check_masked,

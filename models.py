@@ -7,13 +7,28 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
-from pruning.gates import BlockStack, LayerGates, decide
+from pruning.gates import BlockStack, LayerGates, choose_layers
 
 FREQUENCIES = 256  # values of the sinusoidal time embedding
 
 
 def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def initialize_linears(net):
+    """Xavier-uniform weights and zero biases."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def draw_drop(module, probability, n, device):
+    """Which of n labels become null: (n,) bool in training mode, otherwise None, and nothing is drawn."""
+    if not (module.training and probability > 0):
+        return None
+    return torch.rand(n, device=device) < probability
 
 
 class TimestepEmbedder(nn.Module):
@@ -43,10 +58,7 @@ class LabelEmbedder(nn.Module):
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
     def draw_drop(self, n, device):
-        """Which of n labels become null: (n,) bool in training mode, otherwise None, and nothing is drawn."""
-        if not (self.training and self.dropout_prob > 0):
-            return None
-        return torch.rand(n, device=device) < self.dropout_prob
+        return draw_drop(self, self.dropout_prob, n, device)
 
     def forward(self, labels, drop=None):
         if drop is not None:
@@ -132,10 +144,7 @@ class DiT(nn.Module):
 
     def initialize_weights(self):
         """Xavier for all linear maps, normal(0.02) for the embeddings, zero for modulations and output (adaLN-Zero)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize_linears(self)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in (
@@ -164,12 +173,7 @@ class DiT(nn.Module):
         mask: (N, L) of 0/1, layers each sample runs; drawn here from the gates, if there are any, in training mode.
         observe: called as observe(layer, tokens_before, tokens_after) behind every layer that runs.
         """
-        kept = None
-        if mask is None and hasattr(self, "gumbel_gates"):
-            if self.training:
-                mask = self.gumbel_gates.draw(len(x))
-            else:
-                kept = decide(self).kept
+        mask, kept = choose_layers(self, len(x), mask)
         if drop is None:
             drop = self.y_embedder.draw_drop(len(x), x.device)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)

@@ -6,8 +6,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from models import FinalLayer, TimestepEmbedder, modulate
-from pruning.gates import BlockStack, LayerGates, decide
+from models import FinalLayer, TimestepEmbedder, draw_drop, initialize_linears, modulate
+from pruning.gates import BlockStack, LayerGates, choose_layers
 from pruning.patterns import check_borders
 
 
@@ -119,10 +119,7 @@ class MAR(nn.Module):
 
     def initialize_weights(self):
         """Xavier for all linear maps, normal(0.02) for embeddings, zero for modulations and output of the head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialize_linears(self)
         head = self.diffloss.net
         normal = [self.class_emb.weight, head.time_embed.mlp[0].weight, head.time_embed.mlp[2].weight]
         for weight in normal + list(self.parameters(recurse=False)):
@@ -145,10 +142,7 @@ class MAR(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.in_channels, g * p, g * p)
 
     def draw_drop(self, n, device):
-        """Which of n samples become unconditional: (n,) bool in training mode, otherwise None, and nothing is drawn."""
-        if not (self.training and self.class_dropout_prob > 0):
-            return None
-        return torch.rand(n, device=device) < self.class_dropout_prob
+        return draw_drop(self, self.class_dropout_prob, n, device)
 
     def embed_class(self, y, drop=None):
         """Labels (N,), where `num_classes` means none, -> class vectors (N, D); `drop` (N,) bool takes labels away."""
@@ -166,12 +160,7 @@ class MAR(nn.Module):
         mask: (N, encoder + decoder layers) of 0/1, as in models.DiT. observe: called as observe(layer, before, after);
         encoder layers see (N, buffer + visible, D), decoder layers (N, buffer + L, D).
         """
-        kept = None
-        if mask is None and hasattr(self, "gumbel_gates"):
-            if self.training:
-                mask = self.gumbel_gates.draw(len(tokens))
-            else:
-                kept = decide(self).kept
+        mask, kept = choose_layers(self, len(tokens), mask)
         if drop is None:
             drop = self.draw_drop(len(tokens), tokens.device)
         encoder, decoder = self.split_layers(mask, kept, observe)

@@ -15,12 +15,12 @@ from families import family_of
 def parse_args(argv=None):
     parser = make_parser("train", __doc__, TRAINING_FLAGS + " lr min-lr weight-decay betas warmup-epochs", "train")
     add_unused(parser, strict={"action": "store_true"})
-    return parse(parser, argv, lambda args: told_by_inputs(args) | ({} if args.load_weight else plain_settings(args)))
+    return parse(parser, argv, told)
 
 
-def plain_settings(args):
-    """Settings with which the family trains from scratch; the defaults of the flags are those of recovery."""
-    return family_of(args.model).plain
+def told(args):
+    """What the inputs tell; without weights to start from, also the family's own settings of training from scratch."""
+    return told_by_inputs(args) | ({} if args.load_weight else family_of(args.model).plain)
 
 
 def main(args):

@@ -134,7 +134,7 @@ class FlowObjective(nn.Module):
 
     def loss(self, prediction, x, draw):
         """The original loss: dict of per-sample terms (N,), here `loss` alone."""
-        c = self._point(x, draw)[1]
+        c = at(self.path, draw.t, x.ndim)
         if self.prediction == "velocity":
             return {"loss": mean_flat((prediction - c.d_alpha * x - c.d_sigma * draw.noise) ** 2)}
         error = prediction - draw.noise if self.prediction == "noise" else c.sigma * prediction + draw.noise

@@ -179,15 +179,18 @@ def fetch(name, flag, family):
     """Path of a file of weights: `name`, or the published file of that name, fetched once into torch's cache."""
     if os.path.isfile(name) or name not in family.releases:
         return name
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    while int(os.environ.get("LOCAL_RANK", 0)) and not (folder / name).is_file():
+    return download(family.releases[name], name, flag)
+
+
+def download(url, name, flag):
+    """Path of `url` in torch's cache, as `name`; fetched if it is not there, by the first process of a machine."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.is_file():
         time.sleep(1)  # the first process of this machine downloads; the launcher ends us if it fails
-    if not (folder / name).is_file():
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                torch.hub.load_state_dict_from_url(
-                    family.releases[name], str(folder), "cpu", progress=True, file_name=name, weights_only=True
-                )
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise InputError(f"{flag} {name}: cannot be fetched from {family.releases[name]} ({error})") from None
-    return str(folder / name)
+            torch.hub.download_url_to_file(url, str(path))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{flag} {name}: cannot be fetched from {url} ({error})") from None
+    return str(path)

@@ -138,7 +138,10 @@ def add_family_flags(parser, kinds):
                 shown = f"; default: {row['default']}" if row["default"] not in (None, False) else ""
                 text = f"{row['help']} ({', '.join(owners)}{shown})"
                 flag = name if row.get("nargs") == "?" else f"--{name}"
-                parser.add_argument(flag, **{**row, "default": None, "help": text})
+                given = {**row, "default": None, "help": text}
+                if "range" in row:
+                    given["type"] = number(row["type"], *given.pop("range"))
+                parser.add_argument(flag, **given)
             found.setdefault(dest, {})[family.name] = row["default"]
     return found
 
@@ -162,18 +165,18 @@ def parse(parser, argv, read_facts):
     """
     args = parser.parse_args(argv)
     parser.shared = {a.dest: a.default for a in parser._actions if a.dest not in {"help", *parser.families}}
-    told = {}
-    for _ in range(2):  # the files may tell the model, and so the family
-        set_family_defaults(parser, family_of(args.model))
+    told, family = {}, None
+    while family is not family_of(args.model):  # the files may tell a model of another one
+        family = family_of(args.model)
+        set_family_defaults(parser, family)
         parser.set_defaults(**told)
         told = read_facts(parser.parse_args(argv))
         parser.set_defaults(**told)
         args = parser.parse_args(argv)
-    family = family_of(args.model).name
     for dest, owners in parser.families.items():
-        if family not in owners and getattr(args, dest) not in (None, False):
+        if family.name not in owners and getattr(args, dest) not in (None, False):
             flag = "--" + dest.replace("_", "-") if dest != "mode" else getattr(args, dest)
-            parser.error(f"{flag}: is for {' and '.join(owners)}, but --model {args.model} is a {family}")
+            parser.error(f"{flag}: is for {' and '.join(owners)}, but --model {args.model} is a {family.name}")
     return args
 
 

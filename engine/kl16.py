@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import read_weights
-from engine.errors import InputError, blame
+from engine.checkpoint import download, read_weights
+from engine.errors import blame
 
 LAST_LEVEL = 4  # of five; the decoder counts its levels from the other end
 RENAMINGS = [  # applied in this order
@@ -68,14 +68,6 @@ def build_kl16(state):
 
 def load_kl16(source):
     """KL-16 from a file (.ckpt, .pt, .safetensors) or a URL, which is fetched once into torch's cache."""
-    path = source
-    if not os.path.isfile(source):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(source).name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if not path.is_file():
-                torch.hub.download_url_to_file(source, str(path))
-        except OSError as error:
-            raise InputError(f"--vae: cannot fetch {source} ({error}); fetch it and give its path") from None
+    path = source if os.path.isfile(source) else download(source, Path(source).name, "--vae")
     with blame("--vae", path):
         return build_kl16(read_weights(path, "--vae"))

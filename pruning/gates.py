@@ -107,6 +107,16 @@ def decide(model):
     return Decision(kept, confidence)
 
 
+def choose_layers(model, n, mask=None):
+    """What a network passes to its stacks for n samples: (mask, layers kept by all).
+
+    A given mask wins; else gates, if there are any, draw in training mode and decide in eval mode.
+    """
+    if mask is not None or not hasattr(model, "gumbel_gates"):
+        return mask, None
+    return (model.gumbel_gates.draw(n), None) if model.training else (None, decide(model).kept)
+
+
 def interpolate(value_range, step, total_steps):
     """Value at `step` (from 0) on the line from value_range[0] to value_range[1] over all steps, never beyond."""
     first, last = value_range

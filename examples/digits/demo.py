@@ -22,17 +22,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import report  # noqa: E402  (it imports the project from ROOT)
 
-FAMILIES = {  # teacher, student, flags of sampling, flags of training from scratch
-    "DiT": ("DiT-T/4", "DiT-T-D6/4", {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20}, {"epochs": 114}),
+FAMILIES = {  # teacher, student, epochs of recovery, flags of sampling, of training from scratch
+    "DiT": (
+        "DiT-T/4",
+        "DiT-T-D6/4",
+        20,
+        {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20},
+        {"epochs": 114},
+    ),
     "SiT": (
         "SiT-T/4",
         "SiT-T-D6/4",
+        20,
         {"cfg-scale": 2.0, "sampling-method": "heun2", "num-sampling-steps": 11},
         {"epochs": 114, "clip-norm": 1.0},
     ),
     "MAR": (
         "MAR-T",
         "MAR-T-D6",
+        16,
         {"cfg-scale": 4.0, "temperature": 0.9, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
         {"epochs": 110, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
     ),
@@ -40,13 +48,13 @@ FAMILIES = {  # teacher, student, flags of sampling, flags of training from scra
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--family", choices=FAMILIES, default="DiT", help="whose network (default: DiT)")
 FAMILY = parser.parse_args().family
-TEACHER, STUDENT, SAMPLING, SCRATCH = FAMILIES[FAMILY]
+TEACHER, STUDENT, RECOVERY_EPOCHS, SAMPLING, SCRATCH = FAMILIES[FAMILY]
 RUN = Path("examples/digits") / {"DiT": "run"}.get(FAMILY, f"run-{FAMILY.lower()}")  # below ROOT, where commands run
 DEPTH, KEPT = 12, 6
 METHODS = ("learned", "block-influence", "bk-sdm", "random")
 DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
 STEPS_PER_EPOCH = 1797 // 128
-TEACHER_EPOCHS, RECOVERY_EPOCHS = SCRATCH["epochs"], {"MAR": 16}.get(FAMILY, 20)
+TEACHER_EPOCHS = SCRATCH["epochs"]
 TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25}
 RECOVER = {**TRAIN, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
 LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}

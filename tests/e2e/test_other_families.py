@@ -103,10 +103,13 @@ def test_pictures(run, run_script, tmp_path):
         (["--model", "DiT-T/2", "--num-iter", "4"], "--num-iter: is for MAR, but --model DiT-T/2 is a DiT"),
         (["--model", "MAR-T", "--sampler", "ddim"], "--sampler: is for DiT, but --model MAR-T is a MAR"),
         (["SDE", "--model", "DiT-T/2"], "SDE: is for SiT, but --model DiT-T/2 is a DiT"),
+        (["--model", "DiT-T/2", "--cfg-channels", "0"], "--cfg-channels: 0: expected 1 or more"),
+        (["--model", "DiT-T/2", "--cfg-interval", "0", "2"], "--cfg-interval: 2: expected 0 to 1"),
+        (["--model", "MAR-T", "--num-iter", "0"], "--num-iter: 0: expected 1 or more"),
         (["--model", "SiT-T/2", "--temperature", "0.9"], "--temperature: is for MAR, but --model SiT-T/2 is a SiT"),
     ],
 )
-def test_flags_of_another_family(run_script, capsys, words, message):
+def test_wrong_flags_of_families(run_script, capsys, words, message):
     with pytest.raises(SystemExit):
         run_script("sample", *words, "--ckpt", "absent.pt")
     assert message in capsys.readouterr().err
