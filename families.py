@@ -47,7 +47,7 @@ class Family:
     stacks: Callable  # constructor arguments -> layers of every stack
     with_stacks: Callable  # layers of every stack -> constructor arguments
     describe: Callable  # state dict -> what its shapes tell
-    flags: dict  # "train" and "sample": flags that not all families have -> rows for argparse, with a range
+    flags: dict  # "train", "sample", "score": flags that not all families have -> rows for argparse, with a range
     check: Callable = lambda args, config: None  # flags and constructor arguments -> ValueError if they do not fit
     defaults: dict = field(default_factory=dict)  # script or "all" -> defaults of shared flags
     plain: dict = field(default_factory=dict)  # defaults of train.py without weights to start from
@@ -188,6 +188,13 @@ DIT = Family(
                 "default": [0.0, 1.0],
                 "help": "guide between these parts of the way, 0 noise, 1 picture",
             },
+        },
+        "score": {
+            "clean-latents": {
+                "action": "store_true",
+                "default": False,
+                "help": "the original's calibration: no noise, and steps below --num-sampling-steps, unmapped",
+            }
         },
     },
     patterns={"DiT-D19/2": "3:4x2,2:4,3:4,2:4,3:4x2"},

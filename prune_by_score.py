@@ -21,16 +21,15 @@ from pruning.surgery import keep_layers
 
 def parse_args(argv=None):
     parser = make_parser(
-        "prune_by_score", __doc__, PRUNING_FLAGS + " data-path mirror", "train sample", data_path="data/imagenet/train"
+        "prune_by_score",
+        __doc__,
+        PRUNING_FLAGS + " data-path mirror",
+        "train sample score",
+        data_path="data/imagenet/train",
     )
     parser.add_argument("--nsamples", type=count, default=128, help="images to measure on")
     parser.add_argument("--batch-size", type=count, default=16, help="images per batch")
     parser.add_argument("--n-pruned", type=count, required=True, help="number of layers to drop")
-    parser.add_argument(
-        "--clean-latents",
-        action="store_true",
-        help="the original's calibration: no noise, and steps below --num-sampling-steps, unmapped",
-    )
     return parse(parser, argv, lambda args: told_by_latents(args.data_path, told_by_ckpt(args)))
 
 

@@ -205,5 +205,5 @@ def main(module, doc, cases, argv=None, parser=None):
         bars = [] if args.tiny else list(judge(case.bars, rows, found))
         done.append({"case": case.name, "sides": rows, "found": found, "bars": bars})
         show(done[-1])
-    if args.json:
-        write_json(args.json, args.device, done)
+        if args.json:  # after every case, so that a long run that is stopped leaves what it measured
+            write_json(args.json, args.device, done)

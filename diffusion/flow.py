@@ -15,6 +15,7 @@ from diffusion.objectives import Draw
 from diffusion.samplers import guided
 
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP path
+NEAR = 1e-3  # usual distance to singular ends of time
 
 
 class Coefficients(NamedTuple):
@@ -45,7 +46,7 @@ def vp_path(t):
     log = -((1 - t) ** 2) * (BETA_MAX - BETA_MIN) / 4 - (1 - t) * BETA_MIN / 2
     beta = BETA_MIN + (1 - t) * (BETA_MAX - BETA_MIN)
     alpha, square = log.exp(), (2 * log).exp()
-    sigma = (1 - square).sqrt()
+    sigma = (-torch.expm1(2 * log)).sqrt()
     # The score's weight is exactly beta / 2; the general expression would subtract equal numbers.
     return Coefficients(alpha, alpha * beta / 2, sigma, -square * beta / (2 * sigma), beta / 2, beta / 2)
 
@@ -98,7 +99,7 @@ def diffusion_coefficient(form, norm, t, c):
 def time_limits(path, prediction, use, eps=None, form="sigma", last_step_size=0.0, reverse=False):
     """First and last time of `use`: "train", "ode" or "sde"; eps: distance to singular ends, or None for the usual."""
     singular = path == "VP" or prediction != "velocity"
-    usual = 1e-5 if use == "train" and path == "VP" else 1e-3
+    usual = 1e-5 if use == "train" and path == "VP" else NEAR
     near = (usual if singular else 0.0) if eps is None else eps
     first, last = 0.0 if path == "VP" else near, 1 - near
     if use == "sde":
@@ -188,7 +189,9 @@ class OdeSampler(FlowSampler):
 
         if method not in SOLVERS:
             raise ValueError(f"{method!r} is no method of torchdiffeq: expected one of {', '.join(SOLVERS)}")
-        self.limits = time_limits(path, prediction, "ode", sample_eps, reverse=reverse)
+        first, last = time_limits(path, prediction, "ode", sample_eps, reverse=reverse)
+        # In reverse VP starts at t = 1, where the score of a noise is infinite.
+        self.limits = (min(first, 1 - NEAR), last) if prediction == "noise" else (first, last)
 
     def trajectory(self, net, y, noise, step_noise=None, progress=False):
         """States (num_steps, N, C, H, W); guided, 2N, of which the first N are the samples."""
@@ -224,7 +227,9 @@ class SdeSampler(FlowSampler):
             raise ValueError(f"{method!r} is no method for the SDE: expected Euler or Heun")
         self.method, self.form, self.norm, self.last_step = method, diffusion_form, diffusion_norm, last_step
         self.last_step_size = 0.0 if last_step == "None" else last_step_size
-        self.limits = time_limits(path, prediction, "sde", sample_eps, diffusion_form, self.last_step_size)
+        first, last = time_limits(path, prediction, "sde", sample_eps, diffusion_form, self.last_step_size)
+        # Heun looks at the end of its last step as well, where the score of a velocity is 0 / 0 at t = 1.
+        self.limits = (first, min(last, 1 - NEAR)) if method == "Heun" else (first, last)
 
     def drift(self, model, x, t):
         """velocity + g score at time t."""
@@ -238,7 +243,7 @@ class SdeSampler(FlowSampler):
 
     def _finish(self, model, x, t):
         h = self.last_step_size
-        if self.last_step == "None":
+        if not h:
             return x
         if self.last_step == "Mean":
             return x + h * self.drift(model, x, t)

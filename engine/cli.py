@@ -104,7 +104,7 @@ SAMPLING_FLAGS = "model vae image-size num-classes cfg-scale num-sampling-steps 
 
 
 def make_parser(script, doc, flags, kinds="", **changes):
-    """A parser with the named rows of FLAGS and, of all families, the flags of some `kinds` ("train", "sample").
+    """A parser with the named rows of FLAGS and, of all families, the flags of some `kinds`, see families.Family.
 
     script: its name, under which families have defaults of their own. changes: defaults instead of those of the table,
     e.g. epochs=100 (None: as in the table).
@@ -131,10 +131,10 @@ def add_family_flags(parser, kinds):
     """Add the flags that not all families have, with the default None; {flag: {family: its default there}}."""
     found = {}
     for family in FAMILIES.values():
-        for name, row in (flag for kind in kinds for flag in family.flags[kind].items()):
+        for name, row in (flag for kind in kinds for flag in family.flags.get(kind, {}).items()):
             dest = name.replace("-", "_")
             if dest not in found:
-                owners = [f.name for f in FAMILIES.values() if any(name in f.flags[kind] for kind in kinds)]
+                owners = [f.name for f in FAMILIES.values() if any(name in f.flags.get(kind, {}) for kind in kinds)]
                 shown = f"; default: {row['default']}" if row["default"] not in (None, False) else ""
                 text = f"{row['help']} ({', '.join(owners)}{shown})"
                 flag = name if row.get("nargs") == "?" else f"--{name}"

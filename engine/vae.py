@@ -112,10 +112,9 @@ def load_codec(name, latents, device, channels_last=False):
     from diffusers.models import AutoencoderKL  # slow to import, and not needed for pixels
 
     try:
-        vae = AutoencoderKL.from_pretrained(latents.hub.get(name, name))
+        # The other way of loading needs the package accelerate, and says so at length.
+        vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--vae {name}: cannot load {latents.hub.get(name, name)} ({reason}); give a local folder"
-        ) from None
+        raise InputError(f"--vae {name}: cannot load {source} ({reason}); give a local folder") from None
     return AutoencoderCodec(vae.to(device).eval().requires_grad_(False), latents, channels_last)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,16 @@ from families import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, SIZE, CLASSES = 64, 8, 10
+MODELS = {  # family -> a small network, the same with gates, half of it, one of another width
+    "DiT": ("DiT-T/2", "DiT-T-1-2", "DiT-T-D6/2", "DiT-S/2"),
+    "SiT": ("SiT-T/2", "SiT-T-1-2", "SiT-T-D6/2", "SiT-S/2"),
+    "MAR": ("MAR-T", "MAR-T-1-2", "MAR-T-D6", "MAR-B"),
+}
+FEW_STEPS = {
+    "DiT": ["--num-sampling-steps", "3"],
+    "SiT": ["--num-sampling-steps", "4", "--sampling-method", "euler"],
+    "MAR": ["--num-sampling-steps", "3", "--num-iter", "4", "--clip-denoised"],
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -124,25 +135,52 @@ def latents(pictures, tmp_path_factory, run_script):
 
 
 @pytest.fixture(scope="session")
-def teacher(latents, tmp_path_factory, run_script):
-    """A DiT-T/2 that saw a few steps: its run folder, checkpoint and averaged weights as a file of their own."""
-    results = tmp_path_factory.mktemp("teacher")
-    flags = "--model DiT-T/2 --epochs 2 --global-batch-size 16 --num-workers 0 --log-every 3 --ckpt-every 4 --lr 3e-3"
-    run_script("train", *flags.split(), "--data-path", latents, "--results-dir", results, "--ema-decay", 0.5)
-    folder = results / "DiT-T-2"
-    checkpoint = folder / "checkpoints" / "0000008.pt"
-    weights = results / "teacher.pt"
-    state = {key: value.clone() for key, value in read_weights(checkpoint, "--ckpt").items()}
-    save_weights(weights, state, model="DiT-T/2", num_classes=CLASSES, vae="none")
-    return SimpleNamespace(folder=folder, checkpoint=checkpoint, weights=weights, state=state)
+def make_family(latents, tmp_path_factory, run_script):
+    """Names and files of a family: a teacher that saw a few steps and its half, made at the first call."""
+
+    @cache
+    def make(name):
+        model, gated, half, other = MODELS[name]
+        results = tmp_path_factory.mktemp(name)
+        flags = "--epochs 2 --global-batch-size 16 --num-workers 0 --log-every 3 --ckpt-every 4 --lr 3e-3 --min-lr 1e-4"
+        words = ["--model", model, *flags.split(), "--data-path", latents, "--results-dir", results]
+        run_script("train", *words, "--ema-decay", 0.5)
+        folder = results / model.replace("/", "-")
+        checkpoint = folder / "checkpoints" / "0000008.pt"
+        weights, student = results / "teacher.pt", results / "student.pt"
+        state = {key: value.clone() for key, value in read_weights(checkpoint, "--ckpt").items()}
+        save_weights(weights, state, model=model, num_classes=CLASSES, vae="none")
+        run_script("prune_by_index", "--ckpt", weights, "--scheme", "bk-sdm", "--save-model", student)
+
+        def translate(text):
+            """The text with this family's names instead of DiT's, also as parts of paths."""
+            for ours, theirs in zip(MODELS["DiT"], MODELS[name], strict=True):
+                text = text.replace(ours, theirs).replace(ours.replace("/", "-"), theirs.replace("/", "-"))
+            return text
+
+        names = {"name": name, "model": model, "gated": gated, "half": half, "other": other}
+        files = {"folder": folder, "checkpoint": checkpoint, "weights": weights, "state": state, "student": student}
+        return SimpleNamespace(**names, **files, few_steps=FEW_STEPS[name], translate=translate)
+
+    return make
+
+
+@pytest.fixture(scope="session", params=list(MODELS))
+def family(request, make_family):
+    """Every family in turn."""
+    return make_family(request.param)
 
 
 @pytest.fixture(scope="session")
-def student(teacher, tmp_path_factory, run_script):
+def teacher(make_family):
+    """A DiT-T/2 that saw a few steps: its run folder, checkpoint and averaged weights as a file of their own."""
+    return make_family("DiT")
+
+
+@pytest.fixture(scope="session")
+def student(teacher):
     """The teacher cut to six layers: a file of weights."""
-    target = tmp_path_factory.mktemp("student") / "student.pt"
-    run_script("prune_by_index", "--ckpt", teacher.weights, "--scheme", "bk-sdm", "--save-model", target)
-    return target
+    return teacher.student
 
 
 @pytest.fixture

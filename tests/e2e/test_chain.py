@@ -11,6 +11,7 @@ from PIL import Image
 from engine.checkpoint import read_facts, read_file, read_weights
 from engine.errors import InputError
 from engine.sampling import ImageDraws
+from families import stack_layers
 from pruning.patterns import candidate_masks, parse_pattern
 from pruning.surgery import keep_layers
 
@@ -77,15 +78,15 @@ def test_training_state(teacher):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision(teacher, latents, tmp_path, run_script, precision):
+def test_precision(family, latents, tmp_path, run_script, precision):
     """Training, learning and sampling in half precision; the weights stay in float32."""
-    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--precision", precision, *TRAIN]
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--precision", precision, *TRAIN]
     run_script("train", *flags, "--results-dir", tmp_path)
     run_script("prune_by_learning", *flags, "--pattern", "1:2", "--delta-w", "--results-dir", tmp_path)
-    checkpoint = tmp_path / "DiT-T-2/checkpoints/0000004.pt"
+    checkpoint = tmp_path / family.folder.name / "checkpoints/0000004.pt"
     state = read_weights(checkpoint, "--ckpt")
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
-    flags = ["--precision", precision, "--num-sampling-steps", 2, "--output", tmp_path / "g.png"]
+    flags = ["--precision", precision, *family.few_steps, "--output", tmp_path / "g.png"]
     run_script("sample", "--ckpt", checkpoint, *flags)
     assert len(np.unique(np.asarray(Image.open(tmp_path / "g.png")))) > 2
 
@@ -100,55 +101,54 @@ def test_loader_processes(teacher, latents, tmp_path, run_script):
 
 @pytest.mark.parametrize(
     ("update", "pattern"),
-    [("--delta-w --lora --lora-rank 4", "1:2"), ("--delta-w", "2:4,3:4,2:4"), ("", "2:4x2,4:4")],
+    [("--delta-w --lora --lora-rank 4", "1:2"), ("--delta-w", "2:4,1:2,3:4,1:2"), ("", "2:4,2:2,4:4,1:2")],
     ids=["lora", "full", "gates"],
 )
-def test_learning(teacher, latents, tmp_path, run_script, same_weights, update, pattern):
+def test_learning(family, latents, tmp_path, run_script, same_weights, update, pattern):
     """The decision follows the pattern, and the kept layers are cut out of the original weights."""
-    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
     out = tmp_path / "out" / "pruned.pt"
     flags += ["--save-model", out, "--gate-lr", 0.05, *update.split()]
-    run_script("prune_by_learning", "--model", "DiT-T/2", "--pattern", pattern, *flags)
+    run_script("prune_by_learning", "--model", family.model, "--pattern", pattern, *flags)
     facts, groups, start = read_facts(out), parse_pattern(pattern, 12), 0
-    assert facts["model"] == f"DiT-T-D{len(facts['kept'])}/2"
+    assert sum(stack_layers(facts["model"])) == len(facts["kept"])
     for n, m in groups:
         chosen = [float(layer in facts["kept"]) for layer in range(start, start + m)]
         assert chosen in candidate_masks(n, m).tolist()
         start += m
     assert len(facts["confidence"]) == len(groups)
-    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, facts["kept"]))
-    rows = metrics(tmp_path / "learn_mask-DiT-T-2")
+    same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, facts["kept"]))
+    rows = metrics(tmp_path / f"learn_mask-{family.folder.name}")
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[-1]["kept"] == facts["kept"]
     assert rows[-1]["confidence"] == facts["confidence"]
     assert (rows[0].get("tau", 4), rows[0].get("scaling", 100)) == (4, 100)
     assert rows[1]["scaling"] == 100
     assert rows[-1]["tau"] == pytest.approx(0.1)
-    log = (tmp_path / "learn_mask-DiT-T-2" / "log.txt").read_text()
+    log = (tmp_path / f"learn_mask-{family.folder.name}" / "log.txt").read_text()
     assert f"Final Decision: {facts['kept']}" in log
     assert "Final Confidence" in log
 
 
-def test_learning_moves_the_gates(teacher, latents, tmp_path, run_script):
+def test_learning_moves_the_gates(family, latents, tmp_path, run_script):
     """A gated name needs no pattern; gates and their averages move, frozen weights do not."""
-    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
-    args = run_script("prune_by_learning", "--model", "DiT-T-1-2", *flags, "--delta-w", "--lora")
-    state = read_file(tmp_path / "learn_mask-DiT-T-1-2" / "checkpoints" / "0000004.pt", "--resume")
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    args = run_script("prune_by_learning", "--model", family.gated, *flags, "--delta-w", "--lora")
+    state = read_file(tmp_path / f"learn_mask-{family.gated}" / "checkpoints" / "0000004.pt", "--resume")
     assert sorted(state["ema"]) == [str(g) for g in range(6)]
     for g in range(6):
         assert not torch.equal(state["model"][f"gumbel_gates.{g}"], torch.full((1, 2), 0.02))
-    weight = "blocks.0.attn.qkv.weight"
-    assert torch.equal(state["model"][weight], teacher.state[weight])
-    assert (tmp_path / "learn_mask-DiT-T-1-2" / "pruned.pt").samefile(args.save_model)
+    weight = next(key for key in state["model"] if key.endswith("blocks.0.attn.qkv.weight"))
+    assert torch.equal(state["model"][weight], family.state[weight])
+    assert (tmp_path / f"learn_mask-{family.gated}" / "pruned.pt").samefile(args.save_model)
 
 
-@pytest.mark.parametrize("source", ["latents", "clean latents", "pictures"])
-def test_scores(request, teacher, tmp_path, run_script, same_weights, source):
+@pytest.mark.parametrize("source", ["latents", "pictures"])
+def test_scores(request, family, tmp_path, run_script, same_weights, source):
     """Block influence from latents and from images; the last layer stays, and the lowest similarities with it."""
     out = tmp_path / "pruned.pt"
-    flags = ["--ckpt", teacher.weights, "--n-pruned", 7, "--nsamples", 32, "--save-model", out]
-    flags += ["--clean-latents"] if source == "clean latents" else []
-    run_script("prune_by_score", *flags, "--data-path", request.getfixturevalue(source.split()[-1]))
+    flags = ["--ckpt", family.weights, "--n-pruned", 7, "--nsamples", 32, "--save-model", out]
+    run_script("prune_by_score", *flags, "--data-path", request.getfixturevalue(source))
     facts = read_facts(out)
     kept, scores = facts["kept"], facts["scores"]
     assert len(scores) == 12
@@ -157,7 +157,18 @@ def test_scores(request, teacher, tmp_path, run_script, same_weights, source):
     assert 11 in kept
     removed = set(range(12)) - set(kept)
     assert min(scores[i] for i in removed) >= max(scores[i] for i in kept if i < 11)
-    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, kept))
+    same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, kept))
+
+
+def test_scores_of_clean_latents(teacher, latents, tmp_path, run_script):
+    """The original's calibration is another one, and DiT's alone (see test_family_flags)."""
+    found = []
+    for flags in ([], ["--clean-latents"]):
+        words = ["--n-pruned", 6, "--nsamples", 32, "--data-path", latents, "--save-model", tmp_path / "p.pt"]
+        run_script("prune_by_score", "--ckpt", teacher.weights, *words, *flags)
+        found.append(read_facts(tmp_path / "p.pt")["scores"])
+    assert all(-1 <= score <= 1 for score in found[1])
+    assert found[0] != found[1]
 
 
 def test_latents_and_pictures_give_the_same_scores(teacher, latents, pictures, tmp_path, run_script):
@@ -174,15 +185,15 @@ def test_latents_and_pictures_give_the_same_scores(teacher, latents, pictures, t
     [
         (["--kept-indices", "[11, 0, 5]"], [0, 5, 11]),
         (["--scheme", "bk-sdm"], [0, 2, 4, 7, 9, 11]),
-        (["--scheme", "bk-sdm", "--pattern", "2:4,3:4,2:4"], [0, 1, 4, 5, 6, 10, 11]),
+        (["--scheme", "bk-sdm", "--pattern", "2:4,1:2,3:4,1:2"], [0, 1, 4, 7, 8, 9, 11]),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_index(teacher, tmp_path, run_script, same_weights, choice, kept, suffix):
+def test_index(family, tmp_path, run_script, same_weights, choice, kept, suffix):
     out = tmp_path / f"pruned{suffix}"
-    run_script("prune_by_index", "--ckpt", teacher.weights, *choice, "--save-model", out)
+    run_script("prune_by_index", "--ckpt", family.weights, *choice, "--save-model", out)
     assert read_facts(out)["kept"] == kept
-    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, kept))
+    same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, kept))
     assert sorted(f.name for f in tmp_path.iterdir()) == [out.name, f"{out.name}.json"]
 
 
@@ -195,44 +206,49 @@ def test_preview_of_a_training_checkpoint(teacher, tmp_path, run_script, same_we
     assert Image.open(f"{out}.png").size == (4 * 10 + 2, 2 * 10 + 2)
 
 
-def test_fine_tuning(student, latents, tmp_path, run_script):
+def test_fine_tuning(family, latents, tmp_path, run_script):
     """The pruned weights tell the model, the image size and the classes; training starts from them."""
-    args = run_script("train", "--load-weight", student, "--data-path", latents, "--results-dir", tmp_path, *TRAIN)
-    assert (args.model, args.image_size, args.num_classes, args.vae) == ("DiT-T-D6/2", 8, 10, "none")
-    state = read_file(tmp_path / "DiT-T-D6-2" / "checkpoints" / "0000004.pt", "--resume")
-    start, weight = read_weights(student, "--ckpt"), "blocks.5.attn.qkv.weight"
+    args = run_script(
+        "train", "--load-weight", family.student, "--data-path", latents, "--results-dir", tmp_path, *TRAIN
+    )
+    assert (args.model, args.image_size, args.num_classes, args.vae) == (family.half, 8, 10, "none")
+    state = read_file(tmp_path / family.half.replace("/", "-") / "checkpoints" / "0000004.pt", "--resume")
+    start = read_weights(family.student, "--ckpt")
+    weight = next(key for key in start if key.endswith("blocks.2.attn.qkv.weight"))
     assert 0 < (state["model"][weight] - start[weight]).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_masked_kd(student, teacher, latents, tmp_path, run_script, epochs):
+def test_masked_kd(family, latents, tmp_path, run_script, epochs):
     """The weight of the feature loss falls to 0 over the epochs, and is kept in a single one."""
-    flags = ["--load-weight", student, "--data-path", latents, "--results-dir", tmp_path, "--load-teacher"]
-    run_script("train_masked_kd", *flags, teacher.weights, "--teacher", "DiT-T/2", *TRAIN, "--epochs", epochs)
-    folder = tmp_path / "DiT-T-D6-2"
-    rows = [row for row in metrics(folder) if "loss" in row]
+    flags = ["--load-weight", family.student, "--data-path", latents, "--results-dir", tmp_path, "--load-teacher"]
+    run_script("train_masked_kd", *flags, family.weights, "--teacher", family.model, *TRAIN, "--epochs", epochs)
+    folder = tmp_path / family.half.replace("/", "-")
+    rows, beta = [row for row in metrics(folder) if "loss" in row], {"SiT": 2e-4}.get(family.name, 1e-2)
     assert [row["step"] for row in rows] == list(range(2, 4 * epochs + 1, 2))
-    assert rows[0]["beta"] == pytest.approx(0.01)
-    assert rows[-1]["beta"] == pytest.approx(0.01 if epochs == 1 else 0)
+    assert rows[0]["beta"] == pytest.approx(beta)
+    assert rows[-1]["beta"] == pytest.approx(beta if epochs == 1 else 0)
     assert rows[0]["feat_loss"] > 0
     row = rows[0]
     parts = 0.9 * row["kd_loss"] + 0.1 * row["gt"] + row["beta"] * row["feat_loss"]
     assert row["loss"] == pytest.approx(parts, rel=1e-4)
     assert f"{[(i, 2 * i + 1) for i in range(6)]}" in (folder / "log.txt").read_text()
+    start = read_weights(family.student, "--ckpt")
     state = read_file(max((folder / "checkpoints").glob("*.pt")), "--resume")
-    assert not [key for key in (*state["model"], *state["ema"]) if key.startswith("blocks.6")]
+    assert state["model"].keys() == state["ema"].keys() == start.keys()
 
 
-def test_hybrid_pattern_to_masked_kd(teacher, latents, tmp_path, run_script):
-    """Seven layers learnt by a pattern of 2:4 and 3:4: the pattern travels with the weights to the layer pairs."""
+def test_hybrid_pattern_to_masked_kd(family, latents, tmp_path, run_script):
+    """Seven layers learnt by a hybrid pattern: the pattern travels with the weights to the layer pairs."""
     common = ["--data-path", latents, "--results-dir", tmp_path, *TRAIN]
     out = tmp_path / "seven.pt"
-    flags = ["--load-weight", teacher.weights, "--pattern", "2:4,3:4,2:4", "--save-model", out]
-    run_script("prune_by_learning", "--model", "DiT-T/2", *flags, *common)
-    flags = ["--load-weight", out, "--teacher", "DiT-T/2", "--load-teacher", teacher.weights]
+    flags = ["--load-weight", family.weights, "--pattern", "2:4,1:2,3:4,1:2", "--save-model", out]
+    run_script("prune_by_learning", "--model", family.model, *flags, *common)
+    flags = ["--load-weight", out, "--teacher", family.model, "--load-teacher", family.weights]
     args = run_script("train_masked_kd", *flags, *common)
-    assert args.model == "DiT-T-D7/2"
-    assert "[(1, 3), (4, 7), (6, 11)]" in (tmp_path / "DiT-T-D7-2" / "log.txt").read_text()
+    assert args.model == {"MAR": "MAR-T-D3+4"}.get(family.name, f"{family.name}-T-D7/2")
+    log = (tmp_path / args.model.replace("/", "-") / "log.txt").read_text()
+    assert "[(1, 3), (2, 5), (5, 9), (6, 11)]" in log
 
 
 def test_sample(student, tmp_path, run_script, monkeypatch):
@@ -251,12 +267,12 @@ def test_sample(student, tmp_path, run_script, monkeypatch):
     assert len(set(made.values())) == 3
 
 
-SAMPLE = ["--num-fid-samples", "11", "--per-proc-batch-size", "4", "--num-sampling-steps", "3", "--cfg-scale", "1.5"]
+SAMPLE = ["--num-fid-samples", "11", "--per-proc-batch-size", "4", "--cfg-scale", "1.5"]
 
 
-def test_sample_ddp(student, tmp_path, run_script):
+def test_sample_ddp(family, tmp_path, run_script):
     """Images by index and an .npz in their order; a second call makes only what is missing, with the same bytes."""
-    flags = ["--ckpt", student, "--sample-dir", tmp_path, *SAMPLE]
+    flags = ["--ckpt", family.student, "--sample-dir", tmp_path, *family.few_steps, *SAMPLE]
     run_script("sample_ddp", *flags)
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     files = sorted(folder.glob("*.png"))
@@ -275,9 +291,9 @@ def test_sample_ddp(student, tmp_path, run_script):
     assert (np.load(f"{folder}.npz")["arr_0"] == packed).all()
 
 
-def test_sample_ddp_more_images(student, tmp_path, run_script):
+def test_sample_ddp_more_images(teacher, tmp_path, run_script):
     """Asking for more images later keeps the first ones as they are."""
-    flags = ["--ckpt", student, "--sample-dir", tmp_path, *SAMPLE]
+    flags = ["--ckpt", teacher.student, "--sample-dir", tmp_path, *teacher.few_steps, *SAMPLE]
     run_script("sample_ddp", *flags)
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     before = {f: f.read_bytes() for f in folder.glob("*.png")}

@@ -34,14 +34,15 @@ def test_extraction(launch, pictures, latents, tmp_path):
         assert (tmp_path / "features" / name).read_bytes() == (latents / name).read_bytes()
 
 
-def test_learning(launch, teacher, latents, tmp_path, same_weights):
-    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+def test_learning(launch, family, latents, tmp_path, same_weights):
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
     out = tmp_path / "pruned.pt"
-    finished(launch(2, "prune_by_learning", "--model", "DiT-T-1-2", *flags, "--delta-w", "--lora", "--save-model", out))
-    rows = check_run(tmp_path / "learn_mask-DiT-T-1-2", 4)
+    words = ["--model", family.gated, *flags, "--delta-w", "--lora", "--save-model", out]
+    finished(launch(2, "prune_by_learning", *words))
+    rows = check_run(tmp_path / f"learn_mask-{family.gated}", 4)
     facts = read_facts(out)
     assert facts["kept"] == rows[-1]["kept"]
-    same_weights(read_weights(out, "--ckpt"), keep_layers(teacher.state, facts["kept"]))
+    same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, facts["kept"]))
 
 
 def test_training(launch, student, latents, tmp_path, run_script):
@@ -59,16 +60,17 @@ def test_training(launch, student, latents, tmp_path, run_script):
     assert not [key for key in state["model"] if key.startswith("module.")]
 
 
-def test_masked_kd(launch, student, teacher, latents, tmp_path):
-    flags = ["--load-weight", student, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
-    finished(launch(2, "train_masked_kd", *flags, "--teacher", "DiT-T/2", "--load-teacher", teacher.weights))
-    rows = check_run(tmp_path / "DiT-T-D6-2", 4)
+def test_masked_kd(launch, family, latents, tmp_path):
+    flags = ["--load-weight", family.student, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    words = [*flags, "--teacher", family.model, "--load-teacher", family.weights]
+    finished(launch(2, "train_masked_kd", *words))
+    rows = check_run(tmp_path / family.half.replace("/", "-"), 4)
     assert all(row["feat_loss"] > 0 for row in rows)
 
 
-def test_sampling(launch, student, tmp_path, run_script):
+def test_sampling(launch, family, tmp_path, run_script):
     """The same bytes as from one process, also when some images are there already."""
-    flags = ["--num-fid-samples", "10", "--per-proc-batch-size", "3", "--num-sampling-steps", "3"]
+    student, flags = family.student, ["--num-fid-samples", "10", "--per-proc-batch-size", "3", *family.few_steps]
     run_script("sample_ddp", "--ckpt", student, *flags, "--sample-dir", tmp_path / "one")
     (one,) = (f for f in (tmp_path / "one").iterdir() if f.is_dir())
     two = tmp_path / "two" / one.name

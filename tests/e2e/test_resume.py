@@ -23,24 +23,24 @@ def same(a, b):
     return a == b
 
 
-def command(name, teacher, student, latents, results):
+def command(name, family, latents, results):
     common = ["--data-path", latents, "--results-dir", results, *TRAIN]
     return {
-        "train": ["--load-weight", student, *common],
+        "train": ["--load-weight", family.student, *common],
         "prune_by_learning": [
-            *("--model", "DiT-T-1-2", "--load-weight", teacher.weights, "--delta-w", "--lora"),
+            *("--model", family.gated, "--load-weight", family.weights, "--delta-w", "--lora"),
             *("--save-model", results / "out.pt", "--prefix", "", *common),
         ],
         "train_masked_kd": [
-            *("--load-weight", student, "--teacher", "DiT-T/2", "--load-teacher", teacher.weights, *common)
+            *("--load-weight", family.student, "--teacher", family.model, "--load-teacher", family.weights, *common)
         ],
     }[name]
 
 
 @pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
-def test_interrupted_run(teacher, student, latents, tmp_path, run_script, name):
+def test_interrupted_run(family, latents, tmp_path, run_script, name):
     """Without its last states a run continues to the same weights, optimizer, averages and metrics."""
-    words = command(name, teacher, student, latents, tmp_path)
+    words = command(name, family, latents, tmp_path)
     run_script(name, *words)
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     whole = read_file(shutil.copy(folder / "checkpoints" / "0000008.pt", tmp_path / "whole.pt"), "--resume")
@@ -60,9 +60,9 @@ def test_interrupted_run(teacher, student, latents, tmp_path, run_script, name):
 
 
 @pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
-def test_finished_run(teacher, student, latents, tmp_path, run_script, name):
+def test_finished_run(family, latents, tmp_path, run_script, name):
     """A finished run trains no step, keeps its metrics, and leaves its states alone."""
-    words = command(name, teacher, student, latents, tmp_path)
+    words = command(name, family, latents, tmp_path)
     run_script(name, *words)
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     files = {f: f.stat().st_mtime_ns for f in (folder / "checkpoints").iterdir()}
@@ -82,8 +82,8 @@ def test_finished_run(teacher, student, latents, tmp_path, run_script, name):
         (["--epochs", "3"], "--epochs"),
     ],
 )
-def test_other_settings_are_refused(student, teacher, latents, tmp_path, run_script, flags, named):
-    words = command("train", teacher, student, latents, tmp_path)
+def test_other_settings_are_refused(teacher, latents, tmp_path, run_script, flags, named):
+    words = command("train", teacher, latents, tmp_path)
     run_script("train", *words, "--epochs", "1")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     with pytest.raises(InputError, match=rf"{named} .*, now it is .*take another --prefix"):
@@ -91,17 +91,17 @@ def test_other_settings_are_refused(student, teacher, latents, tmp_path, run_scr
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
-def test_free_settings_may_change(student, teacher, latents, tmp_path, run_script):
-    words = command("train", teacher, student, latents, tmp_path)
+def test_free_settings_may_change(teacher, latents, tmp_path, run_script):
+    words = command("train", teacher, latents, tmp_path)
     run_script("train", *words, "--epochs", "1")
     run_script("train", *words, "--epochs", "1", "--log-every", "7", "--ckpt-every", "9")
 
 
-def test_resume_flag(student, teacher, latents, tmp_path, run_script):
+def test_resume_flag(teacher, latents, tmp_path, run_script):
     """--resume continues a given state in a folder of its own."""
-    run_script("train", *command("train", teacher, student, latents, tmp_path / "a"))
+    run_script("train", *command("train", teacher, latents, tmp_path / "a"))
     old = tmp_path / "a" / "DiT-T-D6-2" / "checkpoints"
-    words = command("train", teacher, student, latents, tmp_path / "b")
+    words = command("train", teacher, latents, tmp_path / "b")
     run_script("train", *words, "--resume", old / "0000003.pt")
     new = tmp_path / "b" / "DiT-T-D6-2" / "checkpoints" / "0000008.pt"
     for part in ("model", "ema", "opt"):

@@ -4,17 +4,27 @@ import pytest
 import torch
 
 from diffusion import create_diffusion
+from diffusion.flow import LAST_STEPS, PATHS, PREDICTIONS, OdeSampler, SdeSampler
 from diffusion.samplers import GaussianSampler, dpm_scheduler
-from models import DiT
+from models import DiT, SiT
+
+
+def make(network):
+    torch.manual_seed(0)
+    net = network(4, 2, 2, 16, 2, 2, num_classes=5).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net
 
 
 @pytest.fixture(scope="module")
 def net():
-    torch.manual_seed(0)
-    net = DiT(4, 2, 2, 16, 2, 2, num_classes=5).eval()
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return net
+    return make(DiT)
+
+
+@pytest.fixture(scope="module")
+def flow_net():
+    return make(SiT)
 
 
 def count_rows(net, sampler, n=3):
@@ -62,3 +72,17 @@ def test_guidance_interval(net, method):
     assert not torch.allclose(part, everywhere)
     nowhere = count_rows(net, GaussianSampler(diffusion, method, cfg_interval=(0.0, 0.0), **options))[0]
     assert torch.equal(nowhere, plain)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_flow_samplers_stay_off_singular_ends(flow_net, path, prediction):
+    """Every last step, both methods of the SDE, and the ODE both ways."""
+    samplers = [OdeSampler(path, prediction, method="euler", num_steps=4, reverse=r) for r in (False, True)]
+    for method in ("Euler", "Heun"):
+        for last_step in LAST_STEPS:
+            for size in (0.0, 0.04):
+                options = {"method": method, "last_step": last_step, "last_step_size": size, "num_steps": 4}
+                samplers.append(SdeSampler(path, prediction, **options))
+    for sampler in samplers:
+        assert count_rows(flow_net, sampler)[0].isfinite().all(), vars(sampler)
