@@ -13,12 +13,14 @@ from engine.run import DTYPES, hold_frozen
 DEPTHS, STEPS = {"XL": 28, "D19": 19, "D14": 14, "D7": 7}, 2
 
 
-def build(args, depth=14, precision="bf16", n=2):
+def build(args, depth=14, precision="bf16", n=2, compiled=False):
     """Some guided steps of the ancestral sampler, on a doubled batch."""
     depth = 2 if args.tiny else depth
     noise, labels = make_batch(args, n)
     sampler = GaussianSampler(create_diffusion(str(STEPS)), "ddpm", cfg_scale=4.0).to(args.device)
     net = hold_frozen(make_network(args, depth).eval().requires_grad_(False), precision)
+    for block in net.blocks if compiled else ():
+        block.compile()
 
     def run():
         with torch.inference_mode(), autocast(args, precision):
@@ -33,9 +35,13 @@ def compare_depths(precision):
     return Case(f"depth {precision}", sides, bars, memory=False)
 
 
-PRECISIONS = {precision: partial(build, precision=precision) for precision in ("fp32", "bf16")}
+def compare_precisions(name, **options):
+    sides = {precision: partial(build, precision=precision, **options) for precision in ("fp32", "bf16")}
+    return Case(name, sides, [("speedup", "bf16", ">=", 2.2)], memory=False)
+
+
 CASES = [compare_depths("bf16"), compare_depths("fp32")]
-CASES.append(Case("precision", PRECISIONS, [("speedup", "bf16", ">=", 2.2)], memory=False))
+CASES += [compare_precisions("precision"), compare_precisions("compiled", compiled=True)]
 
 if __name__ == "__main__":
     main(__spec__.name, __doc__, CASES)

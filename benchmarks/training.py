@@ -10,10 +10,10 @@ from engine.run import DTYPES, Run
 from engine.trainer import Trainer
 
 
-def build(args, precision="bf16", depth=8, n=8, grad_checkpointing=False):
+def build(args, precision="bf16", depth=8, n=8, grad_checkpointing=False, compiled=False):
     """One optimizer step; what checkpointing computes again is not among its FLOPs."""
     depth, n = (2, 2) if args.tiny else (depth, n)
-    flags = {"ema_decay": 0.999, "clip_norm": 1.0, "compile": False, "grad_accumulation": 1}
+    flags = {"ema_decay": 0.999, "clip_norm": 1.0, "compile": compiled, "grad_accumulation": 1}
     flags |= {"device": str(args.device), "precision": precision, "grad_checkpointing": grad_checkpointing}
     settings = Namespace(**flags)
     step = TrainStep(make_network(args, depth).train(), make_objective(args))
@@ -23,13 +23,15 @@ def build(args, precision="bf16", depth=8, n=8, grad_checkpointing=False):
     return Side(lambda: trainer.train_step(*batch), n, 3 * depth * block_flops(args, n), DTYPES[precision])
 
 
+def compare_precisions(name, **options):
+    sides = {precision: partial(build, precision=precision, **options) for precision in ("fp32", "bf16")}
+    bars = [("speedup", "bf16", ">=", 2.0), ("efficiency", "fp32", ">=", 0.75), ("efficiency", "bf16", ">=", 0.65)]
+    return Case(name, sides, bars, memory=False)
+
+
 CASES = [
-    Case(
-        "precision",
-        {precision: partial(build, precision=precision) for precision in ("fp32", "bf16")},
-        [("speedup", "bf16", ">=", 2.0), ("efficiency", "fp32", ">=", 0.75), ("efficiency", "bf16", ">=", 0.65)],
-        memory=False,
-    ),
+    compare_precisions("precision"),
+    compare_precisions("compiled", compiled=True),
     Case("checkpointing", {"kept": build, "computed again": partial(build, grad_checkpointing=True)}),
 ]
 
