@@ -22,7 +22,7 @@ class HeadBlock(nn.Module):
 
     def forward(self, x, c):  # x (M, 1, width), c (M, width)
         shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=1)
-        return x + gate.unsqueeze(1) * self.mlp(modulate(self.in_ln(x), shift, scale))
+        return torch.addcmul(x, gate.unsqueeze(1), self.mlp(modulate(self.in_ln(x), shift, scale)))
 
 
 class HeadMLP(nn.Module):
