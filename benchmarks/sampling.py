@@ -15,7 +15,7 @@ DEPTHS, STEPS = {"XL": 28, "D19": 19, "D14": 14, "D7": 7}, 2
 
 def build(args, depth=14, precision="bf16", n=2, compiled=False):
     """Some guided steps of the ancestral sampler, on a doubled batch."""
-    depth = 2 if args.tiny else depth
+    depth, compiled = (2, False) if args.tiny else (depth, compiled)  # compiling takes longer than the rest
     noise, labels = make_batch(args, n)
     sampler = GaussianSampler(create_diffusion(str(STEPS)), "ddpm", cfg_scale=4.0).to(args.device)
     net = hold_frozen(make_network(args, depth).eval().requires_grad_(False), precision)
