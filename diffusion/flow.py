@@ -190,8 +190,9 @@ class OdeSampler(FlowSampler):
         if method not in SOLVERS:
             raise ValueError(f"{method!r} is no method of torchdiffeq: expected one of {', '.join(SOLVERS)}")
         first, last = time_limits(path, prediction, "ode", sample_eps, reverse=reverse)
-        # In reverse VP starts at t = 1, where the score of a noise is infinite.
-        self.limits = (min(first, 1 - NEAR), last) if prediction == "noise" else (first, last)
+        if first == 1 and prediction == "noise":  # VP in reverse: there the score of a noise is infinite
+            first = 1 - (sample_eps or NEAR)
+        self.limits = first, last
 
     def trajectory(self, net, y, noise, step_noise=None, progress=False):
         """States (num_steps, N, C, H, W); guided, 2N, of which the first N are the samples."""
@@ -228,8 +229,9 @@ class SdeSampler(FlowSampler):
         self.method, self.form, self.norm, self.last_step = method, diffusion_form, diffusion_norm, last_step
         self.last_step_size = 0.0 if last_step == "None" else last_step_size
         first, last = time_limits(path, prediction, "sde", sample_eps, diffusion_form, self.last_step_size)
-        # Heun looks at the end of its last step as well, where the score of a velocity is 0 / 0 at t = 1.
-        self.limits = (first, min(last, 1 - NEAR)) if method == "Heun" else (first, last)
+        if last == 1 and method == "Heun":  # it looks at the end as well, where the score of a velocity is 0 / 0
+            last = 1 - NEAR
+        self.limits = first, last
 
     def drift(self, model, x, t):
         """velocity + g score at time t."""

@@ -11,7 +11,7 @@ from PIL import Image
 from engine.checkpoint import read_facts, read_file, read_weights
 from engine.errors import InputError
 from engine.sampling import ImageDraws
-from families import stack_layers
+from families import FAMILIES
 from pruning.patterns import candidate_masks, parse_pattern
 from pruning.surgery import keep_layers
 
@@ -100,18 +100,23 @@ def test_loader_processes(teacher, latents, tmp_path, run_script):
 
 
 @pytest.mark.parametrize(
-    ("update", "pattern"),
-    [("--delta-w --lora --lora-rank 4", "1:2"), ("--delta-w", "2:4,1:2,3:4,1:2"), ("", "2:4,2:2,4:4,1:2")],
+    ("update", "pattern", "depths"),  # of one stack, of two
+    [
+        ("--delta-w --lora --lora-rank 4", "1:2", ("D6", "D6")),
+        ("--delta-w", "2:4,1:2,3:4,1:2", ("D7", "D3+4")),
+        ("", "2:4,2:2,4:4,1:2", ("D9", "D4+5")),
+    ],
     ids=["lora", "full", "gates"],
 )
-def test_learning(family, latents, tmp_path, run_script, same_weights, update, pattern):
+def test_learning(family, latents, tmp_path, run_script, same_weights, update, pattern, depths):
     """The decision follows the pattern, and the kept layers are cut out of the original weights."""
     flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
     out = tmp_path / "out" / "pruned.pt"
     flags += ["--save-model", out, "--gate-lr", 0.05, *update.split()]
     run_script("prune_by_learning", "--model", family.model, "--pattern", pattern, *flags)
     facts, groups, start = read_facts(out), parse_pattern(pattern, 12), 0
-    assert sum(stack_layers(facts["model"])) == len(facts["kept"])
+    assert facts["model"] == family.half.replace("D6", depths[family.name == "MAR"])
+    assert parse_pattern(facts["pattern"], 12) == groups
     for n, m in groups:
         chosen = [float(layer in facts["kept"]) for layer in range(start, start + m)]
         assert chosen in candidate_masks(n, m).tolist()
@@ -143,12 +148,16 @@ def test_learning_moves_the_gates(family, latents, tmp_path, run_script):
     assert (tmp_path / f"learn_mask-{family.gated}" / "pruned.pt").samefile(args.save_model)
 
 
-@pytest.mark.parametrize("source", ["latents", "pictures"])
+SOURCES = [(name, source) for name in FAMILIES for source in ("latents", "pictures")]
+
+
+@pytest.mark.parametrize(("family", "source"), [*SOURCES, ("DiT", "clean latents")], indirect=["family"])
 def test_scores(request, family, tmp_path, run_script, same_weights, source):
     """Block influence from latents and from images; the last layer stays, and the lowest similarities with it."""
     out = tmp_path / "pruned.pt"
     flags = ["--ckpt", family.weights, "--n-pruned", 7, "--nsamples", 32, "--save-model", out]
-    run_script("prune_by_score", *flags, "--data-path", request.getfixturevalue(source))
+    flags += ["--clean-latents"] if source == "clean latents" else []
+    run_script("prune_by_score", *flags, "--data-path", request.getfixturevalue(source.split()[-1]))
     facts = read_facts(out)
     kept, scores = facts["kept"], facts["scores"]
     assert len(scores) == 12
@@ -158,17 +167,6 @@ def test_scores(request, family, tmp_path, run_script, same_weights, source):
     removed = set(range(12)) - set(kept)
     assert min(scores[i] for i in removed) >= max(scores[i] for i in kept if i < 11)
     same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, kept))
-
-
-def test_scores_of_clean_latents(teacher, latents, tmp_path, run_script):
-    """The original's calibration is another one, and DiT's alone (see test_family_flags)."""
-    found = []
-    for flags in ([], ["--clean-latents"]):
-        words = ["--n-pruned", 6, "--nsamples", 32, "--data-path", latents, "--save-model", tmp_path / "p.pt"]
-        run_script("prune_by_score", "--ckpt", teacher.weights, *words, *flags)
-        found.append(read_facts(tmp_path / "p.pt")["scores"])
-    assert all(-1 <= score <= 1 for score in found[1])
-    assert found[0] != found[1]
 
 
 def test_latents_and_pictures_give_the_same_scores(teacher, latents, pictures, tmp_path, run_script):

@@ -94,7 +94,10 @@ def test_other_settings_are_refused(teacher, latents, tmp_path, run_script, flag
 def test_free_settings_may_change(teacher, latents, tmp_path, run_script):
     words = command("train", teacher, latents, tmp_path)
     run_script("train", *words, "--epochs", "1")
+    (folder,) = tmp_path.iterdir()
+    before = {f: f.read_bytes() for f in (folder / "checkpoints").iterdir()}
     run_script("train", *words, "--epochs", "1", "--log-every", "7", "--ckpt-every", "9")
+    assert {f: f.read_bytes() for f in (folder / "checkpoints").iterdir()} == before
 
 
 def test_resume_flag(teacher, latents, tmp_path, run_script):
