@@ -1,114 +1,132 @@
 """Inception Score, FID, sFID, Precision and Recall by the protocol of published tables (guided-diffusion's evaluator).
 
-python evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
-python evaluator.py data/pictures --save-stats reference.npz
-
 REF and SAMPLE: an .npz with `arr_0` (N, H, W, 3) uint8, a folder of pictures, or several .npz (a folder, a glob, or a
 comma list). Stored mu, sigma, mu_s, sigma_s are used for FID and sFID. Processes under torchrun share the features.
+
+Example:
+  python evaluator.py VIRTUAL_imagenet256_labeled.npz samples.npz
+  python evaluator.py data/pictures --save-stats reference.npz
 """
 
-import argparse
 import sys
 
-from engine.errors import InputError, blame, check_folder, check_writable
+from engine.cli import Command, launch
+from engine.errors import InputError, check_folder, check_writable, flag_errors
+from families.flags import NEEDED, SYSTEM, Flag, count, switch
 
 METRICS = ("is", "fid", "sfid", "pr")
 
 
 def metric_list(text):
+    """fid,is -> those of METRICS that it names, in their order."""
     names = [name.strip().lower() for name in text.split(",")]
     wrong = [name for name in names if name not in METRICS]
     if wrong:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {','.join(METRICS)}")
+        raise ValueError(f"{wrong[0]!r} is not one of {','.join(METRICS)}")
     return [name for name in METRICS if name in names]
 
 
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 1 or more")
-    return int(text)
+COMMAND = Command(
+    "evaluator",
+    __doc__,
+    own=(
+        Flag(
+            "ref",
+            "reference images, with or without stored statistics",
+            required=True,
+            positional=True,
+            metavar="REF",
+            group=NEEDED,
+        ),
+        Flag(
+            "sample",
+            "samples; not needed for --save-stats",
+            nargs="?",
+            positional=True,
+            metavar="SAMPLE",
+            shown="none",
+            group=NEEDED,
+        ),
+        Flag("inception", "weights, .pb or .pth", shown="found or downloaded", metavar="FILE", group=NEEDED),
+        Flag("json", "also write the numbers there", shown="no", metavar="FILE", group=NEEDED),
+        Flag(
+            "save-stats",
+            "write mu, sigma, mu_s, sigma_s of SAMPLE, or of REF if it is alone (.npz)",
+            shown="no",
+            metavar="FILE",
+            group=NEEDED,
+        ),
+        Flag("metrics", "what to compute", list(METRICS), type=metric_list, shown=",".join(METRICS), metavar="LIST"),
+        Flag(
+            "pr-dtype",
+            "distances of precision and recall: float16 as published, or exact",
+            "adm",
+            choices=("adm", "float32"),
+        ),
+        Flag("backend", "what runs Inception", "torch", choices=("torch", "tensorflow", "tf"), group=SYSTEM),
+        Flag("device", "auto (GPU if there is one), cpu, cuda or cuda:N", "auto", metavar="NAME", group=SYSTEM),
+        Flag("batch-size", "images computed together", 64, type=count, group=SYSTEM),
+        Flag(
+            "cache-dir",
+            "keep features of REF (and downloaded weights) there",
+            shown="none",
+            metavar="FOLDER",
+            group=SYSTEM,
+        ),
+        switch("offline", "never download weights", group=SYSTEM),
+    ),
+    kinds=None,
+)
+parse_args = COMMAND.resolve
 
 
-def parse_args(argv=None):
-    """A parser of its own, since engine.cli takes seconds to import and --help should not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ref", metavar="REF", help="reference images, with or without stored statistics")
-    parser.add_argument("sample", metavar="SAMPLE", nargs="?", help="samples; not needed for --save-stats")
-    parser.add_argument(
-        "--backend", choices=("torch", "tensorflow", "tf"), default="torch", help="what runs Inception (default: torch)"
-    )
-    parser.add_argument("--inception", metavar="PATH", help="weights, .pb or .pth (default: found or downloaded)")
-    parser.add_argument("--offline", action="store_true", help="never download weights")
-    parser.add_argument("--device", default="auto", help="auto (the default: GPU if there is one), cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images computed together (default: 64)")
-    parser.add_argument(
-        "--metrics", type=metric_list, default=list(METRICS), help=f"what to compute (default: {','.join(METRICS)})"
-    )
-    parser.add_argument(
-        "--pr-dtype",
-        choices=("adm", "float32"),
-        default="adm",
-        help="distances of precision and recall: float16 as published, or exact (default: adm)",
-    )
-    parser.add_argument(
-        "--save-stats", metavar="FILE", help="write mu, sigma, mu_s, sigma_s of SAMPLE, or of REF if it is alone (.npz)"
-    )
-    parser.add_argument("--cache-dir", metavar="DIR", help="keep features of REF (and downloaded weights) there")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
-    args = parser.parse_args(argv)
-    args.backend = "tensorflow" if args.backend == "tf" else args.backend
-    return args
-
-
-def open_checked(args):
+def open_checked(settings):
     """The two sets of images (REF alone: the set and None), after every check that needs no network."""
     from evaluation.batches import open_images
     from evaluation.evaluate import check
 
-    if not args.sample and (args.json or not args.save_stats):
+    if not settings.sample and (settings.json or not settings.save_stats):
         raise InputError("SAMPLE is missing; give REF and SAMPLE, or one data set and --save-stats FILE")
-    for flag, path in (("--json", args.json), ("--save-stats", args.save_stats)):
+    for flag, path in (("--json", settings.json), ("--save-stats", settings.save_stats)):
         if path:
             check_writable(flag, path)
-    if args.cache_dir:
-        check_folder("--cache-dir", args.cache_dir)
+    if settings.cache_dir:
+        check_folder("--cache-dir", settings.cache_dir)
     found = []
-    for name, path in (("REF", args.ref), ("SAMPLE", args.sample)):
+    for name, path in (("REF", settings.ref), ("SAMPLE", settings.sample)):
         if path:
-            with blame(name, path):
+            with flag_errors(name, path):
                 found.append(open_images(path))
-                check(found[-1], args.metrics if args.sample else (), name == "SAMPLE")
-    if args.save_stats:
-        with blame("--save-stats", args.save_stats):
+                check(found[-1], settings.metrics if settings.sample else (), name == "SAMPLE")
+    if settings.save_stats:
+        with flag_errors("--save-stats", settings.save_stats):
             check(found[-1], ("stats",), True)
-    return found if args.sample else (found[0], None)
+    return found if settings.sample else (found[0], None)
 
 
-def main(args):
+def main(settings):
     from engine.distributed import is_main, start_processes
+    from engine.files import write_json
     from evaluation import evaluate as protocol
 
-    reference, sample = open_checked(args)
-    device = start_processes(args.device)
-    warnings = protocol.doubts(reference, sample, args.metrics, args.pr_dtype) if sample else []
+    reference, sample = open_checked(settings)
+    device = start_processes(settings.device)
+    backend = "tensorflow" if settings.backend == "tf" else settings.backend
+    warnings = protocol.list_warnings(reference, sample, settings.metrics, settings.pr_dtype) if sample else []
     for text in warnings if is_main() else ():
         print("warning:", text, file=sys.stderr, flush=True)
-    with blame("--inception", args.inception or "(not given)"):
-        extractor = protocol.load_extractor(args.backend, args.inception, device, args.offline, args.cache_dir)
-    with blame(f"REF {args.ref} SAMPLE", args.sample or "(none)"):
+    with flag_errors("--inception", settings.inception or "(not given)"):
+        extractor = protocol.load_extractor(backend, settings.inception, device, settings.offline, settings.cache_dir)
+    with flag_errors(f"REF {settings.ref} SAMPLE", settings.sample or "(none)"):
         if sample is None:
-            return protocol.write_statistics(reference, extractor, args.save_stats, args.batch_size)
-        numbers = protocol.evaluate(
-            reference, sample, extractor, args.metrics, args.pr_dtype, args.batch_size, args.cache_dir, args.save_stats
-        )
-    if args.json and is_main():
-        settings = {name: getattr(args, name) for name in ("ref", "sample", "backend", "pr_dtype", "metrics")}
+            protocol.write_statistics(reference, extractor, settings.save_stats, settings.batch_size)
+            return
+        numbers = protocol.evaluate(reference, sample, extractor, settings.make(protocol.Options))
+    if settings.json and is_main():
+        shown = {name: getattr(settings, name) for name in ("ref", "sample", "pr_dtype", "metrics")}
         counts = {"reference_images": reference.n, "samples": sample.n}
-        protocol.save_json(args.json, {**numbers, **settings, **counts, "warnings": warnings})
+        write_json(settings.json, {**numbers, **shown, "backend": backend, **counts, "warnings": warnings})
 
 
 if __name__ == "__main__":
-    arguments = parse_args()  # before the import of torch
-    from engine.cli import launch
-
-    launch(main, lambda: arguments)
+    launch(main, parse_args)

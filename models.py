@@ -1,4 +1,7 @@
-"""The DiT and SiT networks (arXiv 2212.09748, 2401.08740), plain or with gates over layers, and every named size."""
+"""The DiT and SiT networks (arXiv 2212.09748, 2401.08740), plain or with gates over layers.
+
+Their named sizes are in families/dit.py.
+"""
 
 import math
 from functools import partial
@@ -7,6 +10,8 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
+from families.dit import DIT
+from families.sit import SIT
 from pruning.gates import BlockStack, LayerGates, choose_layers
 
 FREQUENCIES = 256  # values of the sinusoidal time embedding
@@ -25,9 +30,9 @@ def initialize_linears(net):
             nn.init.zeros_(module.bias)
 
 
-def draw_drop(module, probability, n, device):
-    """Which of n labels become null: (n,) bool in training mode, otherwise None, and nothing is drawn."""
-    if not (module.training and probability > 0):
+def draw_label_drop(probability, n, device):
+    """Which of n labels become null: (n,) bool; None, and nothing is drawn, if the probability is 0."""
+    if probability == 0:
         return None
     return torch.rand(n, device=device) < probability
 
@@ -56,10 +61,7 @@ class LabelEmbedder(nn.Module):
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes, self.dropout_prob = num_classes, dropout_prob
-
-    def draw_drop(self, n, device):
-        return draw_drop(self, self.dropout_prob, n, device)
+        self.num_classes = num_classes
 
     def forward(self, labels, drop=None):
         if drop is not None:
@@ -131,6 +133,7 @@ class DiT(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.patch_size, self.num_classes = in_channels, patch_size, num_classes
+        self.class_dropout_prob = class_dropout_prob
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.input_size, self.grid_size = input_size, input_size // patch_size
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
@@ -167,16 +170,24 @@ class DiT(nn.Module):
         x = x.view(-1, g, g, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
 
+    def blocks_to_compile(self):
+        """Modules that torch.compile takes one by one."""
+        return list(self.blocks)
+
+    def draw_drop(self, n, device):
+        """Which of n labels become null: (n,) bool in training mode, else None, and nothing is drawn."""
+        return draw_label_drop(self.class_dropout_prob if self.training else 0, n, device)
+
     def forward(self, x, t, y, drop=None, mask=None, observe=None):
         """Latents x (N, C, H, W), time t (N,), labels y (N,) -> (N, C or 2C, H, W).
 
         drop: (N,) bool, labels to replace by the null label; drawn here in training mode if not given.
         mask: (N, L) of 0/1, layers each sample runs; drawn here from the gates, if there are any, in training mode.
-        observe: called as observe(layer, tokens_before, tokens_after) behind every layer that runs.
+        observe: called as observe(layer, tokens_before, tokens_after) after every layer that runs.
         """
         mask, kept = choose_layers(self, len(x), mask)
         if drop is None:
-            drop = self.y_embedder.draw_drop(len(x), x.device)
+            drop = self.draw_drop(len(x), x.device)
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # (N, D)
         x = self.blocks(x, c, mask=mask, kept=kept, observe=observe)
@@ -204,34 +215,5 @@ class SiT(DiT):
         return super().forward(x, t, y, drop, mask, observe)[:, : self.in_channels]
 
 
-SIZES = {
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "T": {"depth": 12, "hidden_size": 96, "num_heads": 4},  # tiny: for tests and the digits walkthrough
-}
-GATED = {  # name behind the family -> size, depth, groups
-    "XL-1-2": ("XL", 28, [[1, 2]] * 14),
-    "XL-2-4": ("XL", 28, [[2, 4]] * 7),
-    "XL-7-14": ("XL", 28, [[7, 14]] * 2),
-    "XL-1-4": ("XL", 28, [[1, 4]] * 7),
-    "D14-1-2": ("XL", 14, [[1, 2]] * 7),
-    # 14 layers are no multiple of 4: the last two form a 1:2 group, so that 7 layers stay.
-    "D14-2-4": ("XL", 14, [[2, 4]] * 3 + [[1, 2]]),
-    "T-1-2": ("T", 12, [[1, 2]] * 6),
-}
-
-
-def name_sizes(family, network):
-    """{name: constructor} of all sizes of a network with one stack, pruned and gated ones included."""
-    named = {
-        f"{size}/{patch}": {**config, "patch_size": patch} for size, config in SIZES.items() for patch in (2, 4, 8)
-    }
-    named |= {f"D{depth}/2": {**SIZES["XL"], "depth": depth, "patch_size": 2} for depth in (19, 14, 7)}
-    for name, (size, depth, groups) in GATED.items():
-        named[name] = {**SIZES[size], "depth": depth, "patch_size": 2, "groups": groups}
-    return {f"{family}-{name}": partial(network, **config) for name, config in named.items()}
-
-
-DiT_models, SiT_models = name_sizes("DiT", DiT), name_sizes("SiT", SiT)
+DiT_models = {name: partial(DiT, **config) for name, config in DIT.models.items()}
+SiT_models = {name: partial(SiT, **config) for name, config in SIT.models.items()}

@@ -1,4 +1,7 @@
-"""The MAR network (arXiv 2406.11838), a masked autoencoder with a diffusion head, and every named size."""
+"""The MAR network (arXiv 2406.11838), a masked autoencoder with a diffusion head.
+
+Its named sizes are in families/mar.py.
+"""
 
 from functools import partial
 
@@ -6,7 +9,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from models import FinalLayer, TimestepEmbedder, draw_drop, initialize_linears, modulate
+from families.mar import MAR as FAMILY
+from models import FinalLayer, TimestepEmbedder, draw_label_drop, initialize_linears, modulate
 from pruning.gates import BlockStack, LayerGates, choose_layers
 from pruning.patterns import check_borders
 
@@ -141,8 +145,13 @@ class MAR(nn.Module):
         x = tokens.reshape(-1, g, g, self.in_channels, p, p)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.in_channels, g * p, g * p)
 
+    def blocks_to_compile(self):
+        """Modules that torch.compile takes one by one."""
+        return [*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net]
+
     def draw_drop(self, n, device):
-        return draw_drop(self, self.class_dropout_prob, n, device)
+        """Which of n labels are taken away: (n,) bool in training mode, else None, and nothing is drawn."""
+        return draw_label_drop(self.class_dropout_prob if self.training else 0, n, device)
 
     def embed_class(self, y, drop=None):
         """Labels (N,), where `num_classes` means none, -> class vectors (N, D); `drop` (N,) bool takes labels away."""
@@ -191,27 +200,4 @@ class MAR(nn.Module):
         return encoder, decoder
 
 
-SIZES = {  # name -> width, blocks of encoder and of decoder, heads, blocks and width of the head, buffer tokens, patch
-    "B": (768, 12, 12, 12, 6, 1024, 64, 1),
-    "L": (1024, 16, 16, 16, 8, 1280, 64, 1),
-    "H": (1280, 20, 20, 16, 12, 1536, 64, 1),
-    "D16": (1024, 8, 8, 16, 8, 1280, 64, 1),
-    "D8": (1024, 4, 4, 16, 8, 1280, 64, 1),
-    "T": (96, 6, 6, 4, 3, 128, 2, 4),  # tiny: for tests and the digits walkthrough
-}
-FIELDS = ["hidden_size", "encoder_depth", "decoder_depth", "num_heads", "head_depth", "head_width"]
-FIELDS += ["buffer_size", "patch_size"]
-GATED = {  # name -> size, groups over the layers of both stacks
-    "MAR-L-1-2": ("L", [[1, 2]] * 16),
-    "MAR-L-2-4": ("L", [[2, 4]] * 8),
-    "MAR-L-1-4": ("L", [[1, 4]] * 8),
-    "MAR-D16-1-2": ("D16", [[1, 2]] * 8),
-    "MAR-T-1-2": ("T", [[1, 2]] * 6),
-}
-
-MAR_models = {f"MAR-{size}": partial(MAR, **dict(zip(FIELDS, row, strict=True))) for size, row in SIZES.items()}
-# So small a network needs no dropout.
-MAR_models["MAR-T"] = partial(MAR_models["MAR-T"], attn_dropout=0.0, proj_dropout=0.0)
-MAR_models |= {
-    name: partial(MAR, **MAR_models[f"MAR-{size}"].keywords, groups=groups) for name, (size, groups) in GATED.items()
-}
+MAR_models = {name: partial(MAR, **config) for name, config in FAMILY.models.items()}

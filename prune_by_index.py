@@ -1,62 +1,94 @@
-"""Keep the given layers of a network, or those of a fixed scheme.
+r"""Keep the given layers of a network, or those of a fixed scheme.
 
-python prune_by_index.py --model DiT-XL/2 --ckpt pretrained/DiT-XL-2-256x256.pt --scheme bk-sdm --save-model pruned.pt
+Example:
+  python prune_by_index.py --model DiT-XL/2 --ckpt pretrained/DiT-XL-2-256x256.pt --scheme bk-sdm \
+      --save-model pruned.pt
 """
 
-from engine.checkpoint import read_checked
-from engine.cli import PRUNING_FLAGS, add_unused, flag_type, integer_list, launch, make_parser, parse, report_unused
-from engine.errors import InputError, blame, check_writable
-from engine.run import Run
-from engine.sampling import check_sampling, find_ckpt, save_pruned, told_by_ckpt
+from engine.cli import Command, launch, unused_flags
+from engine.errors import InputError, check_writable, flag_errors
+from engine.flags import PRUNING_FLAGS, shared
 from families import stack_layers
-from pruning.patterns import bk_sdm_layers, format_pattern, parse_pattern
-from pruning.surgery import check_layers, keep_layers
+from families.flags import UNUSED, Flag, integer_list
 
-SCHEMES = {"bk-sdm": bk_sdm_layers}
+COMMAND = Command(
+    "prune_by_index",
+    __doc__,
+    own=(
+        Flag(
+            "kept-indices",
+            'layers to keep, as "[0, 2, 4]"; this or --scheme',
+            type=integer_list,
+            shown="none",
+            metavar="LIST",
+        ),
+        Flag(
+            "scheme", "bk-sdm: first layers of a group in the first half, last after", choices=("bk-sdm",), shown="none"
+        ),
+        Flag("pattern", "N:M groups of --scheme", "1:2", metavar="N:M"),
+    ),
+    shared=shared(PRUNING_FLAGS),
+    kinds=("sample",),
+    weights=(("ckpt", "model"),),
+    unused=(
+        *unused_flags(data_path="data/imagenet/train", nsamples=128, batch_size=16),
+        Flag(
+            "pruner", "no effect", "dense", choices=("dense", "magnitude", "random", "sparsegpt", "wanda"), group=UNUSED
+        ),
+    ),
+)
 
 
 def parse_args(argv=None):
-    parser = make_parser("prune_by_index", __doc__, PRUNING_FLAGS, "sample")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--kept-indices", type=flag_type(integer_list), help='layers to keep, as "[0, 2, 4]"')
-    choice.add_argument(
-        "--scheme", choices=SCHEMES, help="bk-sdm: first layers of a group in the first half, last after"
-    )
-    parser.add_argument("--pattern", default="1:2", help="N:M groups of --scheme (default: 1:2)")
-    add_unused(
-        parser,
-        data_path={"default": "data/imagenet/train"},
-        pruner={"default": "dense", "choices": ("dense", "magnitude", "random", "sparsegpt", "wanda")},
-        nsamples={"type": int, "default": 128},
-        batch_size={"type": int, "default": 16},
-    )
-    return parse(parser, argv, told_by_ckpt)
-
-
-def choose_layers(args, depth):
-    """Layers to keep, ascending, and the pattern they follow, if any."""
-    if args.scheme:
-        with blame("--pattern", args.pattern):
-            groups = parse_pattern(args.pattern, depth)
-        return SCHEMES[args.scheme](groups), {"pattern": format_pattern(groups)}
-    with blame("--kept-indices", args.kept_indices):
-        check_layers(args.kept_indices, depth)
-    return sorted(args.kept_indices), {}
-
-
-def main(args):
-    report_unused(args)
-    if not args.save_model:
+    settings = COMMAND.resolve(argv)
+    if (settings.kept_indices is None) == (settings.scheme is None):
+        raise InputError("--kept-indices or --scheme: give one of them, to say which layers stay")
+    if not settings.save_model:
         raise InputError("--save-model: missing; name the file for the pruned weights")
-    check_writable("--save-model", args.save_model)
-    kept, pattern = choose_layers(args, sum(stack_layers(args.model)))
-    path = find_ckpt(args)
-    state, _ = read_checked(path, "--ckpt", args.model)
-    if args.preview:
-        check_sampling(args, state, path)
-    run = Run(args)
+    return settings
+
+
+def choose_layers(kept_indices, pattern, depth):
+    """Layers to keep, ascending, and facts: the given ones, or else those of BK-SDM's scheme under a pattern."""
+    from pruning.patterns import bk_sdm_layers, format_pattern, parse_pattern
+    from pruning.surgery import check_layers
+
+    if kept_indices is None:
+        with flag_errors("--pattern", pattern):
+            groups = parse_pattern(pattern, depth)
+        kept = bk_sdm_layers(groups)
+        return kept, {"kept": kept, "pattern": format_pattern(groups)}
+    with flag_errors("--kept-indices", kept_indices):
+        check_layers(kept_indices, depth)
+    kept = sorted(kept_indices)
+    return kept, {"kept": kept}
+
+
+def main(settings):
+    from engine.pruned import save_preview, save_pruned
+    from engine.run import Run
+    from engine.sampling import SamplingPlan
+    from engine.start import print_start
+    from engine.vae import LatentSpace
+    from pruning.surgery import keep_layers
+
+    check_writable("--save-model", settings.save_model)
+    kept, facts = choose_layers(settings.kept_indices, settings.pattern, sum(stack_layers(settings.model)))
+    space = settings.make(LatentSpace, latents=settings.family.latents)
+    weights = settings.weights["ckpt"]
+    weights.check_fit(settings.model, weights.read_config(settings.model))
+    plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
+    if settings.preview:
+        plan.check()
+    run = Run(settings.device, seed=settings.seed)
     run.print(f"kept layers {kept}")
-    save_pruned(run, args, keep_layers(state, kept), source=path, kept=kept, **pattern)
+    print_start(settings, run)
+    if settings.dry_run:
+        return
+    pruned = keep_layers(weights.state, kept)
+    name = save_pruned(run, settings.save_model, pruned, settings.model, space, source=weights.path, **facts)
+    if settings.preview:
+        save_preview(run, plan, settings.save_model, name, settings.seed)
 
 
 if __name__ == "__main__":

@@ -1,118 +1,139 @@
 r"""Learn which layers to keep, then cut the others out of the original weights.
 
-torchrun --nnodes=1 --nproc_per_node=8 prune_by_learning.py --model DiT-XL-1-2 \
-    --load-weight pretrained/DiT-XL-2-256x256.pt --data-path features --epochs 1 --global-batch-size 128 \
-    --delta-w --lora --save-model pruned.pt
+Example:
+  torchrun --nnodes=1 --nproc_per_node=8 prune_by_learning.py --model DiT-XL-1-2 \
+      --load-weight pretrained/DiT-XL-2-256x256.pt --data-path features --epochs 1 --global-batch-size 128 \
+      --delta-w --lora --save-model pruned.pt
 """
 
-import os
+from engine.cli import Command, launch
+from engine.errors import InputError, check_writable, flag_errors
+from engine.flags import TRAINING_FLAGS, shared
+from families import model_config, stack_layers
+from families.flags import NEEDED, TRAINING, Flag, above_zero, amount, count, number, switch
 
-from diffusion.objectives import TrainStep
-from engine.checkpoint import read_weights
-from engine.cli import TRAINING_FLAGS, amount, count, launch, make_parser, parse, part
-from engine.data import open_latents, told_by_inputs
-from engine.distributed import barrier
-from engine.errors import InputError, blame, check_writable
-from engine.run import Run, hold_frozen, run_folder
-from engine.sampling import save_pruned
-from engine.trainer import Trainer, start_network
-from families import family_of, model_config, stack_layers
-from pruning.gates import block_stacks, decide, interpolate
-from pruning.lora import weight_update
-from pruning.patterns import check_borders, format_pattern, parse_pattern
-from pruning.surgery import keep_layers
+COMMAND = Command(
+    "prune_by_learning",
+    __doc__,
+    own=(
+        Flag(
+            "save-model",
+            "file for the pruned weights",
+            shown="pruned.pt in the run folder",
+            group=NEEDED,
+            metavar="FILE",
+        ),
+        Flag(
+            "pattern",
+            "N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2",
+            shown="that of a gated model's name",
+            metavar="N:M",
+        ),
+        switch("delta-w", "learn a weight update along with the gates"),
+        switch("lora", "with --delta-w: by LoRA on every linear layer"),
+        Flag("lora-rank", "rank of LoRA; its alpha is twice the rank", 8, type=count),
+        Flag("tau-range", "first and last temperature", [4.0, 0.1], type=above_zero, nargs=2),
+        Flag("scaling-range", "first and last scaling", [100.0, 100.0], type=above_zero, nargs=2),
+        Flag("gate-samples", "share of skipped samples that gates learn from", 1.0, type=number(float, 0.01, 1)),
+        switch("dense", "also run the backward of skipped samples (slower)"),
+        Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
+        Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
+    ),
+    shared=shared(TRAINING_FLAGS, data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999),
+    kinds=("train",),
+    weights=(("load_weight", "model"),),
+    latents=True,
+    precision="bf16",
+)
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        "prune_by_learning",
-        __doc__,
-        TRAINING_FLAGS + " save-model",
-        "train",
-        data_path="data/imagenet/train",
-        prefix="learn_mask",
-        ema_decay=0.999,
-    )
-    parser.add_argument(
-        "--pattern", help="N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2 (default: the model name's)"
-    )
-    parser.add_argument("--delta-w", action="store_true", help="learn a weight update along with the gates")
-    parser.add_argument("--lora", action="store_true", help="with --delta-w: by LoRA on every linear layer")
-    parser.add_argument("--lora-rank", type=count, default=8, help="rank of LoRA; its alpha is twice the rank")
-    parser.add_argument("--lr", type=amount, default=1e-4, help="learning rate of the weight update")
-    parser.add_argument("--gate-lr", type=amount, default=1e-3, help="learning rate of the gates")
-    parser.add_argument("--tau-range", type=float, nargs="+", default=[4, 0.1], help="first and last temperature")
-    parser.add_argument("--scaling-range", type=float, nargs="+", default=[100.0, 100.0], help="first and last scaling")
-    parser.add_argument(
-        "--gate-samples", type=part, default=1.0, help="share of the skipped samples that gates learn from (see README)"
-    )
-    parser.add_argument("--dense", action="store_true", help="also run the backward of skipped samples (slower)")
-    args = parse(parser, argv, told_by_inputs)
-    for flag, values in (("--tau-range", args.tau_range), ("--scaling-range", args.scaling_range)):
-        if len(values) != 2 or min(values) <= 0:
-            parser.error(f"{flag} {values}: expected two numbers above 0, the first and the last value")
-    if args.dense and args.gate_samples < 1:
-        parser.error("--gate-samples: has no meaning with --dense, which runs all samples")
-    if args.lora and not args.delta_w:
-        parser.error("--lora: needs --delta-w; without it only the gates are learnt")
-    return args
+    settings = COMMAND.resolve(argv)
+    if settings.dense and settings.gate_samples < 1:
+        raise InputError("--gate-samples: has no meaning with --dense, which runs all samples")
+    if settings.lora and not settings.delta_w:
+        raise InputError("--lora: needs --delta-w; without it only the gates are learnt")
+    if not settings.load_weight:
+        raise InputError("--load-weight: missing; give the weights out of which the kept layers are cut")
+    return settings
 
 
-def choose_groups(args):
-    config = model_config(args.model)
-    if args.pattern is None and "groups" not in config:
-        raise InputError(f"--model {args.model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
-    with blame("--pattern", args.pattern):
-        groups = parse_pattern(args.pattern or format_pattern(config["groups"]), sum(stack_layers(args.model)))
-        check_borders(groups, stack_layers(args.model))
+def choose_groups(model, pattern):
+    """The N:M groups of --pattern, else of the model's name."""
+    from pruning.patterns import check_borders, format_pattern, parse_pattern
+
+    config = model_config(model)
+    if pattern is None and "groups" not in config:
+        raise InputError(f"--model {model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
+    with flag_errors("--pattern", pattern):
+        groups = parse_pattern(pattern or format_pattern(config["groups"]), sum(stack_layers(model)))
+        check_borders(groups, stack_layers(model))
         return groups
 
 
-def main(args):
-    if not args.load_weight:
-        raise InputError("--load-weight: missing; give the weights out of which the kept layers are cut")
-    groups = choose_groups(args)
-    args.save_model = args.save_model or os.path.join(run_folder(args), "pruned.pt")
-    check_writable("--save-model", args.save_model)
-    dataset, config = open_latents(args)
-    net, facts = start_network(args, {**config, "groups": groups})
+def main(settings):
+    from diffusion.objectives import TrainStep
+    from engine.data import network_config
+    from engine.distributed import barrier
+    from engine.networks import NetworkStart, count_state_bytes
+    from engine.pruned import save_pruned
+    from engine.run import Run, cast_frozen_weights
+    from engine.run_folder import run_path
+    from engine.start import describe_sizes, open_data, start_training
+    from engine.trainer import Trainer, TrainingOptions
+    from pruning.gates import GateSchedule, decide, set_routing
+    from pruning.lora import weight_update
+    from pruning.patterns import format_pattern
+    from pruning.surgery import keep_layers
 
-    run = Run(args, default_precision="bf16")
-    run.open_folder()
-    net = net(run.device)
+    groups = choose_groups(settings.model, settings.pattern)
+    save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
+    check_writable("--save-model", save_model)
+    space, data = open_data(settings)
+    original = settings.weights["load_weight"]
+    start = NetworkStart(settings.model, {**network_config(data.dataset, space), "groups": groups}, original)
+
+    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
+
+    def add_update(net):
+        """Choose what is trained besides the gates; returns these parameters."""
+        weights = weight_update(net, settings.delta_w, settings.lora_rank if settings.lora else None)
+        cast_frozen_weights(net, run.precision)
+        return weights
+
+    sketch = start.build_without_memory()
+    add_update(sketch)
+    state_bytes = count_state_bytes(sketch, sketch.gumbel_gates)
+    sizes = describe_sizes(data, {"network": start}, state_bytes, settings.ckpt_every)
+    folder = start_training(settings, run, sizes, start.describe(space))
+    if folder is None:
+        return
+
+    net = start.build(run.device)
     gates = net.gumbel_gates
-    for stack in block_stacks(net):
-        stack.dense, stack.gate_samples = args.dense, args.gate_samples
-    weights = weight_update(net, args.delta_w, args.lora_rank if args.lora else None)
-    hold_frozen(net, run.precision)
-    run.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
-    step = TrainStep(net, family_of(args.model).objective(args)).to(run.device)
-    groups_of_rates = [{"params": weights, "lr": args.lr}, {"params": list(gates), "lr": args.gate_lr}]
-    trainer = Trainer(run, step, groups_of_rates, gates, args, facts=facts)
-    total_steps = args.epochs * (len(dataset) // args.global_batch_size)
-
-    def before_step(k):
-        gates.tau = interpolate(args.tau_range, k, total_steps)
-        gates.scaling = trainer.ema.module.scaling = interpolate(args.scaling_range, k, total_steps)
+    set_routing(net, settings.dense, settings.gate_samples)
+    weights = add_update(net)
+    folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
+    step = TrainStep(net, settings.family.make_objective(**settings.own("train"))).to(run.device)
+    rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
+    trainer = Trainer(run, step, rates, gates, settings.make(TrainingOptions))
+    averaged = trainer.ema.module
+    schedule = settings.make(GateSchedule, total_steps=data.total_steps)
 
     def report(k):
-        kept, confidence = decide(trainer.ema.module)
-        metrics = {"kept": kept, "confidence": confidence} | ({"tau": gates.tau, "scaling": gates.scaling} if k else {})
-        return [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"], metrics
+        kept, confidence = decide(averaged)
+        lines = [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"]
+        state = {"tau": gates.tau, "scaling": gates.scaling} if k else {}
+        return lines, {"kept": kept, "confidence": confidence, **state}
 
-    trainer.fit(dataset, args, total_steps, before_step, report)
-    before_step(total_steps - 1)  # for the scaling, in case a finished run was only reopened
-    save_decision(run, args, groups, *decide(trainer.ema.module))
-
-
-def save_decision(run, args, groups, kept, confidence):
-    """Log the final decision and cut it out of the original weights."""
-    run.log(f"[!] Final Decision: {kept}")
-    run.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
+    trainer.fit(data, folder, lambda k: schedule.apply(k, gates, averaged), report)
+    schedule.apply(data.total_steps - 1, gates, averaged)  # for the scaling, in case a finished run was only reopened
+    kept, confidence = decide(averaged)
+    folder.log(f"[!] Final Decision: {kept}")
+    folder.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
+    facts = {"source": original.name, "kept": kept, "pattern": format_pattern(groups), "confidence": confidence}
     if run.is_main:
-        pruned = keep_layers(read_weights(args.load_weight, "--load-weight"), kept)
-        facts = {"source": args.load_weight, "kept": kept, "pattern": format_pattern(groups), "confidence": confidence}
-        save_pruned(run, args, pruned, **facts)
+        save_pruned(run, save_model, keep_layers(original.state, kept), settings.model, space, **facts)
     barrier()
 
 

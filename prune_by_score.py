@@ -1,82 +1,82 @@
 r"""Drop the layers that change their input least (ShortGPT's block influence).
 
-python prune_by_score.py --model DiT-XL/2 --ckpt pretrained/DiT-XL-2-256x256.pt --data-path features --n-pruned 14 \
-    --save-model pruned.pt
+Example:
+  python prune_by_score.py --model DiT-XL/2 --ckpt pretrained/DiT-XL-2-256x256.pt --data-path features --n-pruned 14 \
+      --save-model pruned.pt
 """
 
-import torch
-from tqdm import tqdm
-
-from engine.calibration import calibration_batches
-from engine.checkpoint import build_network, read_checked
-from engine.cli import PRUNING_FLAGS, count, launch, make_parser, parse
-from engine.data import told_by_latents
+from engine.cli import Command, launch
 from engine.errors import InputError, check_writable
-from engine.run import Run
-from engine.sampling import check_sampling, find_ckpt, save_pruned, told_by_ckpt
-from families import family_of, stack_layers
-from pruning.scores import BlockInfluence, least_influential
-from pruning.surgery import keep_layers
+from engine.flags import PRUNING_FLAGS, shared
+from families import stack_layers
+from families.flags import Flag, count
+
+COMMAND = Command(
+    "prune_by_score",
+    __doc__,
+    own=(
+        Flag("n-pruned", "number of layers to drop", type=count, required=True, metavar="N"),
+        Flag("nsamples", "images to measure on", 128, type=count),
+        Flag("batch-size", "images per batch", 16, type=count),
+    ),
+    shared=shared(f"{PRUNING_FLAGS} data-path mirror", data_path="data/imagenet/train"),
+    kinds=("train", "sample", "score"),
+    weights=(("ckpt", "model"),),
+    latents=True,
+)
+parse_args = COMMAND.resolve
 
 
-def parse_args(argv=None):
-    parser = make_parser(
-        "prune_by_score",
-        __doc__,
-        PRUNING_FLAGS + " data-path mirror",
-        "train sample score",
-        data_path="data/imagenet/train",
-    )
-    parser.add_argument("--nsamples", type=count, default=128, help="images to measure on")
-    parser.add_argument("--batch-size", type=count, default=16, help="images per batch")
-    parser.add_argument("--n-pruned", type=count, required=True, help="number of layers to drop")
-    return parse(parser, argv, lambda args: told_by_latents(args.data_path, told_by_ckpt(args)))
+def main(settings):
+    from tqdm import tqdm
 
+    from engine.calibration import Calibration
+    from engine.pruned import save_preview, save_pruned
+    from engine.run import Run
+    from engine.sampling import SamplingPlan
+    from engine.start import print_start
+    from engine.vae import LatentSpace
+    from pruning.scores import least_influential, measure_influence
+    from pruning.surgery import keep_layers
 
-@torch.inference_mode()
-def measure(net, depth, objective, batches, clean_steps=None):
-    """Block influence per layer over batches (x, y), noised as in training, or clean at steps below clean_steps."""
-    influence = BlockInfluence(depth)
-    for x, y in batches:
-        if clean_steps:
-            net(x, torch.randint(clean_steps, (len(x),), device=x.device), y, observe=influence)
-        else:
-            objective.predict(net, x, y, objective.draw(net, x, y), observe=influence)
-    return influence.scores()
-
-
-def main(args):
-    if not args.save_model:
+    if not settings.save_model:
         raise InputError("--save-model: missing; name the file for the pruned weights")
-    check_writable("--save-model", args.save_model)
-    depth = sum(stack_layers(args.model))
-    if args.n_pruned >= depth:
-        raise InputError(f"--n-pruned {args.n_pruned}: {args.model} has {depth} layers; expected 1..{depth - 1}")
-    if args.nsamples < args.batch_size:
-        raise InputError(f"--nsamples {args.nsamples}: less than one batch; take {args.batch_size} or more")
-    path = find_ckpt(args)
-    state, config = read_checked(path, "--ckpt", args.model)
-    if args.preview:
-        check_sampling(args, state, path)
-    run = Run(args)
-    batches = calibration_batches(args, run.device, config)
+    check_writable("--save-model", settings.save_model)
+    depth = sum(stack_layers(settings.model))
+    if settings.n_pruned >= depth:
+        raise InputError(
+            f"--n-pruned {settings.n_pruned}: {settings.model} has {depth} layers; expected 1..{depth - 1}"
+        )
+    if settings.nsamples < settings.batch_size:
+        raise InputError(f"--nsamples {settings.nsamples}: less than one batch; take {settings.batch_size} or more")
+    space = settings.make(LatentSpace, latents=settings.family.latents)
+    weights = settings.weights["ckpt"]
+    config = weights.read_config(settings.model)
+    weights.check_fit(settings.model, config)
+    plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
+    if settings.preview:
+        plan.check()
 
-    net = build_network(args.model, state, run.device, **config).eval()
-    objective = family_of(args.model).objective(args).to(run.device)
-    total = args.nsamples // args.batch_size
-    scores = measure(
-        net,
-        depth,
-        objective,
-        tqdm(batches, total=total, desc="measuring", disable=not run.is_main),
-        args.num_sampling_steps if args.clean_latents else None,
-    )
-    removed = least_influential(scores, args.n_pruned)
+    run = Run(settings.device, seed=settings.seed)
+    calibration = settings.make(Calibration, space=space)
+    batches = calibration.batches(run.device, config["in_channels"])
+    print_start(settings, run)
+    if settings.dry_run:
+        return
+
+    net = weights.build(settings.model, config, run.device).eval()
+    objective = settings.family.make_objective(**settings.own("train")).to(run.device)
+    batches = tqdm(batches, total=calibration.count, desc="measuring", disable=not run.is_main)
+    clean_steps = settings.num_sampling_steps if settings.clean_latents else None
+    scores = measure_influence(net, depth, objective, batches, clean_steps)
+    removed = least_influential(scores, settings.n_pruned)
     kept = [layer for layer in range(depth) if layer not in removed]
     for layer, score in enumerate(scores):
         run.print(f"layer {layer:2d}  similarity {score:.6f}  {'removed' if layer in removed else 'kept'}")
-
-    save_pruned(run, args, keep_layers(state, kept), source=path, kept=kept, scores=scores.tolist())
+    facts = {"source": weights.path, "kept": kept, "scores": scores.tolist()}
+    name = save_pruned(run, settings.save_model, keep_layers(weights.state, kept), settings.model, space, **facts)
+    if settings.preview:
+        save_preview(run, plan, settings.save_model, name, settings.seed)
 
 
 if __name__ == "__main__":

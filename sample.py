@@ -1,38 +1,65 @@
 """Draw a few pictures from a network and write them as one grid.
 
-python sample.py --model DiT-D14/2 --ckpt TinyDiT-D14-MaskedKD-500K.pt --seed 5464
+Example:
+  python sample.py --model DiT-D14/2 --ckpt TinyDiT-D14-MaskedKD-500K.pt --seed 5464
 """
 
 from pathlib import Path
 
-from engine.checkpoint import read_weights
-from engine.cli import SAMPLING_FLAGS, flag_type, integer_list, launch, make_parser, parse
+from engine.cli import Command, launch
 from engine.errors import InputError, check_writable
-from engine.run import Run
-from engine.sampling import find_ckpt, preview_labels, sample_grid, told_by_ckpt
-from families import family_of
+from engine.flags import SAMPLING_FLAGS, shared
+from families.flags import NEEDED, Flag, integer_list
+
+COMMAND = Command(
+    "sample",
+    __doc__,
+    own=(
+        Flag(
+            "output",
+            "picture to write",
+            shown="named after the weights, in outputs/samples",
+            metavar="FILE",
+            group=NEEDED,
+        ),
+        Flag("labels", "classes to draw", type=integer_list, shown="eight of them", metavar="LIST"),
+    ),
+    shared=shared(f"{SAMPLING_FLAGS} seed"),
+    kinds=("sample",),
+    weights=(("ckpt", "model"),),
+)
+parse_args = COMMAND.resolve
 
 
-def parse_args(argv=None):
-    parser = make_parser("sample", __doc__, SAMPLING_FLAGS + " seed", "sample")
-    parser.add_argument("--labels", type=flag_type(integer_list), help="classes to draw (default: eight of them)")
-    parser.add_argument("--output", help="picture to write (default: named after the weights, in outputs/samples)")
-    return parse(parser, argv, told_by_ckpt)
+def name_output(path, settings):
+    """The picture's name: weights, guidance, sampler and seed."""
+    weights = str(path).strip("/").replace("/", "-").removesuffix(".pt")
+    label = settings.family.sampler_label(settings.num_sampling_steps, **settings.own("sample"))
+    return str(Path("outputs/samples") / f"{weights}-cfg{settings.cfg_scale:g}-{label}-seed{settings.seed}.png")
 
 
-def main(args):
-    labels = args.labels or preview_labels(args.num_classes)
+def main(settings):
+    from engine.run import Run
+    from engine.sampling import SamplingPlan, preview_labels
+    from engine.start import note_early_average, print_start
+    from engine.vae import LatentSpace
+
+    labels = settings.labels or preview_labels(settings.num_classes)
     for label in labels:
-        if not 0 <= label < args.num_classes:
-            raise InputError(f"--labels {labels}: has {label}, but the classes are 0..{args.num_classes - 1}")
-    path = find_ckpt(args)
-    name = str(path).strip("/").replace("/", "-").removesuffix(".pt")
-    settings = f"cfg{args.cfg_scale:g}-{family_of(args.model).label(args)}-seed{args.seed}"
-    output = args.output or str(Path("outputs/samples") / f"{name}-{settings}.png")
+        if not 0 <= label < settings.num_classes:
+            raise InputError(f"--labels {labels}: has {label}, but the classes are 0..{settings.num_classes - 1}")
+    space = settings.make(LatentSpace, latents=settings.family.latents)
+    weights = settings.weights["ckpt"]
+    output = settings.output or name_output(weights.path, settings)
     check_writable("--output", output)
-    state = read_weights(path, "--ckpt", prefer_ema=not args.no_ema)
-    run = Run(args)
-    sample_grid(run, args, state, path, labels, output)
+    run = Run(settings.device, settings.precision, settings.seed)
+    plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
+    plan.check()
+
+    print_start(settings, run)
+    note_early_average(run, weights)
+    plan.load(run).save_grid(output, labels, settings.seed)
+    run.print(f"wrote {output}")
 
 
 if __name__ == "__main__":

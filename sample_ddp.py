@@ -1,109 +1,168 @@
 r"""Sample many pictures with all processes, and pack them into the .npz that the evaluator reads.
 
-torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --model DiT-D14/2 \
-    --ckpt outputs/D14-DiT-D14-2/checkpoints/0500000.pt
-
 A second call makes only what is missing. Image i is the same whatever the number of processes.
+
+Example:
+  torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --model DiT-D14/2 \
+      --ckpt outputs/D14-DiT-D14-2/checkpoints/0500000.pt
 """
 
 import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from tqdm import tqdm
+from engine.cli import Command, launch
+from engine.errors import InputError, check_folder, flag_errors
+from engine.flags import SAMPLING_FLAGS, shared
+from families.flags import NEEDED, SYSTEM, Flag, count
 
-from engine.checkpoint import read_weights
-from engine.cli import SAMPLING_FLAGS, count, launch, make_parser, parse
-from engine.distributed import barrier
-from engine.errors import InputError, blame, check_folder
-from engine.images import numbered_images, pack_npz, save_image, to_uint8
-from engine.run import Run
-from engine.sampling import (
-    ImageDraws,
-    check_sampling,
-    find_ckpt,
-    load_for_sampling,
-    open_sample_folder,
-    pack_samples,
-    sample_images,
-    told_by_ckpt,
+METRICS = ("is", "fid", "sfid", "pr")
+COMMAND = Command(
+    "sample_ddp",
+    __doc__,
+    own=(
+        Flag("num-fid-samples", "images to make", 50000, type=count, group=NEEDED),
+        Flag("sample-dir", "parent folder of image folders", "samples", group=NEEDED, metavar="FOLDER"),
+        Flag("evaluate", "then run the evaluator against this reference", shown="no", metavar="REF", group=NEEDED),
+        Flag("inception", "weights for --evaluate", shown="found or downloaded", metavar="FILE", group=NEEDED),
+        Flag(
+            "pack", "only pack the pictures of a folder, by their numbers", shown="no", metavar="FOLDER", group=NEEDED
+        ),
+        Flag("per-proc-batch-size", "images sampled together", 32, type=count, group=SYSTEM),
+        Flag("tf32", "TF32 matrix products on a GPU", True, opposite=True, group=SYSTEM),
+    ),
+    shared=shared(f"{SAMPLING_FLAGS} global-seed", cfg_scale=1.5),
+    kinds=("sample",),
+    weights=(("ckpt", "model"),),
 )
-from evaluation.batches import open_images
-from evaluation.evaluate import METRICS, check, doubts, evaluate, load_extractor
+SAMPLE_SETTINGS = (
+    "model",
+    "vae",
+    "image_size",
+    "num_classes",
+    "cfg_scale",
+    "num_sampling_steps",
+    "global_seed",
+    "no_ema",
+    "tf32",
+    "compile",
+    "precision",
+    "per_proc_batch_size",
+)  # fmt: skip  (what pictures depend on, besides the family's own flags)
 
 
 def parse_args(argv=None):
-    parser = make_parser("sample_ddp", __doc__, SAMPLING_FLAGS + " global-seed", "sample", cfg_scale=1.5)
-    parser.add_argument("--sample-dir", default="samples", help="parent folder of image folders (default: samples)")
-    parser.add_argument("--per-proc-batch-size", type=count, default=32, help="images sampled together (default: 32)")
-    parser.add_argument("--num-fid-samples", type=count, default=50000, help="images to make (default: 50000)")
-    parser.add_argument("--tf32", action="store_true", default=True, help="TF32 matrix products on a GPU (default)")
-    parser.add_argument("--no-tf32", action="store_false", dest="tf32", help="full float32 matrix products on a GPU")
-    parser.add_argument(
-        "--evaluate", metavar="REF", help="then run the evaluator on the samples against this reference"
+    typed = COMMAND.parse(argv)
+    command = replace(COMMAND, weights=()) if "pack" in typed else COMMAND  # packing needs no weights
+    return command.resolve(typed=typed)
+
+
+def name_folder(settings, path):
+    """Name of the folder of pictures: model, weights, size, autoencoder, guidance, sampler, seed."""
+    label = settings.family.sampler_label(settings.num_sampling_steps, **settings.own("sample"))
+    return (
+        f"{settings.model.replace('/', '-')}-{Path(path).stem}-size-{settings.image_size}-"
+        f"vae-{Path(settings.vae).name}-cfg-{settings.cfg_scale:g}-{label}-seed-{settings.global_seed}"
     )
-    parser.add_argument("--inception", metavar="PATH", help="weights for --evaluate (default: found or downloaded)")
-    parser.add_argument("--pack", metavar="FOLDER", help="only pack the pictures of a folder, by their numbers")
-    return parse(parser, argv, lambda args: {} if args.pack else told_by_ckpt(args))
 
 
-def sample_missing(args, run, state, path, folder):
-    """Make the pictures that are not there, each process its own batches; returns the images made here per second."""
-    n, size = args.num_fid_samples, args.per_proc_batch_size
-    missing = {i for i in range(n) if not (folder / f"{i:06d}.png").exists()}
-    run.print(f"{n - len(missing)} of {n} images are there, {len(missing)} to make in {folder}")
-    barrier()
-    # A batch is always computed whole, so that its pictures do not depend on which of them were missing.
-    batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
+def sample_missing(run, plan, folder, batches, missing, seed):
+    """Make the `missing` pictures, each process some whole batches; returns the images made here per second.
+
+    A batch is always computed whole, so that its pictures do not depend on which of them were missing.
+    """
+    from tqdm import tqdm
+
+    from engine.images import save_image, to_uint8
+
     mine = [batch for batch in batches[run.rank :: run.world] if missing.intersection(batch)]
     if not mine:
         return None
-    net, codec, sampler, shape = load_for_sampling(run, args, state, path)
+    sampler = plan.load(run)
     start = time.monotonic()
     for batch in tqdm(mine, desc="sampling batches", disable=not run.is_main):
-        draws = ImageDraws(args.global_seed, batch, shape, run.device)
-        pictures = to_uint8(sample_images(run, net, sampler, codec, draws, draws.labels(args.num_classes)))
+        draws = sampler.draws(seed, batch)
+        pictures = to_uint8(sampler.sample(draws, draws.labels(plan.space.num_classes)))
         for i, pixels in zip(batch, pictures, strict=True):
             if i in missing:
-                save_image(folder / f"{i:06d}.png", pixels)
+                save_image(folder.file(i), pixels)
     return sum(map(len, mine)) / (time.monotonic() - start)
 
 
-def run_evaluator(args, run, reference, path):
+def open_reference(path, samples):
+    """The evaluator's reference images, checked before any sampling."""
+    from evaluation.batches import open_images
+    from evaluation.evaluate import METRICS, check
+
+    with flag_errors("--evaluate", path):
+        reference = open_images(path)
+        check(reference, METRICS, is_sample=False)
+    if samples < 4:
+        raise InputError(f"--num-fid-samples {samples}: --evaluate needs 4 or more")
+    return reference
+
+
+def run_evaluator(run, reference, flag_value, path, inception):
     """What evaluator.py prints for these samples; all processes share the features."""
-    with blame("--evaluate", args.evaluate):
+    from evaluation.batches import open_images
+    from evaluation.evaluate import METRICS, evaluate, list_warnings, load_extractor
+
+    with flag_errors("--evaluate", flag_value):
         samples = open_images(path)
-        for text in doubts(reference, samples, METRICS):
+        for text in list_warnings(reference, samples, METRICS):
             run.print(f"warning: {text}")
-        evaluate(reference, samples, load_extractor(path=args.inception, device=run.device))
+        evaluate(reference, samples, load_extractor(path=inception, device=run.device))
 
 
-def main(args):
-    if args.pack:
-        if not os.path.isdir(args.pack):
-            raise InputError(f"--pack {args.pack}: no such folder; expected a folder of pictures")
-        files = numbered_images(args.pack)
-        return print("wrote", pack_npz(f"{args.pack.rstrip('/')}.npz", files, f"--pack {args.pack}"))
-    check_folder("--sample-dir", args.sample_dir)
-    path = find_ckpt(args)
-    state = read_weights(path, "--ckpt", prefer_ema=not args.no_ema)
-    check_sampling(args, state, path)
-    if args.evaluate:
-        with blame("--evaluate", args.evaluate):
-            reference = open_images(args.evaluate)
-            check(reference, METRICS, is_sample=False)
-        if args.num_fid_samples < 4:
-            raise InputError(f"--num-fid-samples {args.num_fid_samples}: --evaluate needs 4 or more")
-    run = Run(args, one_thread=True)
-    folder = open_sample_folder(args, run, path)
-    speed = sample_missing(args, run, state, path, folder)
+def pack_folder(folder):
+    """Pack the pictures of any folder."""
+    from engine.images import numbered_images, pack_npz
+
+    if not os.path.isdir(folder):
+        raise InputError(f"--pack {folder}: no such folder; expected a folder of pictures")
+    print("wrote", pack_npz(f"{folder.rstrip('/')}.npz", numbered_images(folder), f"--pack {folder}"))
+
+
+def main(settings):
+    from engine.distributed import barrier
+    from engine.run import Run
+    from engine.sample_folder import SampleFolder
+    from engine.sampling import SamplingPlan
+    from engine.start import note_early_average, print_start
+    from engine.vae import LatentSpace
+
+    if settings.pack:
+        pack_folder(settings.pack)
+        return
+    check_folder("--sample-dir", settings.sample_dir)
+    space = settings.make(LatentSpace, latents=settings.family.latents)
+    weights, own, n = settings.weights["ckpt"], settings.own("sample"), settings.num_fid_samples
+    plan = settings.make(SamplingPlan, weights=weights, space=space, own=own)
+    plan.check()
+    reference = open_reference(settings.evaluate, n) if settings.evaluate else None
+
+    run = Run(settings.device, settings.precision, settings.global_seed, tf32=settings.tf32, one_thread=True)
+    made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own
+    folder = SampleFolder(settings.sample_dir, name_folder(settings, weights.path), made_with, weights.path)
+    print_start(settings, run)
+    note_early_average(run, weights)
+    if run.is_main:
+        folder.prepare()
+    missing = {i for i in range(n) if not folder.file(i).exists()}
+    run.print(f"{n - len(missing)} of {n} images are there, {len(missing)} to make in {folder.path}")
+    barrier()
+    size = settings.per_proc_batch_size
+    batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
+    speed = sample_missing(run, plan, folder, batches, missing, settings.global_seed)
     if speed:
         run.print(f"{speed * run.world:.2f} images/s")
     barrier()
     if run.is_main:
-        pack_samples(args, folder)
+        run.print(f"wrote {folder.pack(n, settings.global_seed, settings.num_classes)}")
     barrier()
-    if args.evaluate:
-        run_evaluator(args, run, reference, f"{folder}.npz")
+    if reference:
+        run_evaluator(run, reference, settings.evaluate, f"{folder.path}.npz", settings.inception)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,52 @@
 r"""Train or fine-tune a network on encoded latents.
 
-torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-D14/2 --load-weight pruned.pt \
-    --data-path features --epochs 100
+Example:
+  torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-D14/2 --load-weight pruned.pt --data-path features \
+      --epochs 100
 """
 
-from diffusion.objectives import TrainStep
-from engine.cli import TRAINING_FLAGS, add_unused, launch, make_parser, parse, report_unused
-from engine.data import open_latents, told_by_inputs
-from engine.run import Run
-from engine.trainer import Trainer, start_network
-from families import family_of
+from engine.cli import Command, launch, unused_flags
+from engine.flags import TRAINING_FLAGS, shared
+
+COMMAND = Command(
+    "train",
+    __doc__,
+    shared=shared(f"{TRAINING_FLAGS} lr min-lr weight-decay betas warmup-epochs"),
+    kinds=("train",),
+    weights=(("load_weight", "model"),),
+    latents=True,
+    scratch=True,
+    precision="fp16",
+    unused=unused_flags(strict=False),
+)
+parse_args = COMMAND.resolve
 
 
-def parse_args(argv=None):
-    parser = make_parser("train", __doc__, TRAINING_FLAGS + " lr min-lr weight-decay betas warmup-epochs", "train")
-    add_unused(parser, strict={"action": "store_true"})
-    return parse(parser, argv, told)
+def main(settings):
+    from diffusion.objectives import TrainStep
+    from engine.data import network_config
+    from engine.networks import NetworkStart
+    from engine.optim import Recipe
+    from engine.run import Run
+    from engine.start import describe_sizes, open_data, start_training
+    from engine.trainer import Trainer, TrainingOptions
 
+    family = settings.family
+    space, data = open_data(settings)
+    start = NetworkStart(settings.model, network_config(data.dataset, space), settings.weights.get("load_weight"))
 
-def told(args):
-    """What the inputs tell; without weights to start from, also the family's own settings of training from scratch."""
-    return told_by_inputs(args) | ({} if args.load_weight else family_of(args.model).plain)
+    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
+    sizes = describe_sizes(data, {"network": start}, start.count_state_bytes(), settings.ckpt_every)
+    folder = start_training(settings, run, sizes, start.describe(space))
+    if folder is None:
+        return
 
-
-def main(args):
-    report_unused(args)
-    dataset, config = open_latents(args)
-    net, facts = start_network(args, config)
-
-    run = Run(args, default_precision="fp16")
-    run.open_folder()
-    net = net(run.device)
-    step = TrainStep(net, family_of(args.model).objective(args)).to(run.device)
-    total_steps = args.epochs * (len(dataset) // args.global_batch_size)
-    trainer = Trainer.for_recovery(run, step, args, total_steps, facts)
-    trainer.fit(dataset, args, total_steps)
+    net = start.build(run.device)
+    step = TrainStep(net, family.make_objective(**settings.own("train"))).to(run.device)
+    recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
+    groups, schedule = recipe.groups(net, family.no_decay), recipe.schedule(data.total_steps)
+    trainer = Trainer(run, step, groups, net, options, schedule)
+    trainer.fit(data, folder)
 
 
 if __name__ == "__main__":

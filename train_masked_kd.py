@@ -1,83 +1,102 @@
 r"""Recover a pruned network by Masked KD: distil outputs and hidden states, leaving out extreme activations.
 
-torchrun --nnodes=1 --nproc_per_node=8 train_masked_kd.py --model DiT-D14/2 --load-weight pruned.pt \
-    --data-path features --epochs 100 --teacher DiT-XL/2 --load-teacher pretrained/DiT-XL-2-256x256.pt
+Example:
+  torchrun --nnodes=1 --nproc_per_node=8 train_masked_kd.py --model DiT-D14/2 --load-weight pruned.pt \
+      --data-path features --epochs 100 --teacher DiT-XL/2 --load-teacher pretrained/DiT-XL-2-256x256.pt
 """
 
-from engine.cli import (
-    TRAINING_FLAGS,
-    add_unused,
-    amount,
-    flag_type,
-    launch,
-    make_parser,
-    model_name,
-    parse,
-    report_unused,
-    share,
+from engine.cli import Command, launch, unused_flags
+from engine.errors import InputError, flag_errors
+from engine.flags import TRAINING_FLAGS, shared
+from families import family_of, model_name, stack_layers
+from families.flags import NEEDED, Flag, amount, share
+
+COMMAND = Command(
+    "train_masked_kd",
+    __doc__,
+    own=(
+        Flag("load-teacher", "weights of the teacher", shown="none; it must be given", group=NEEDED, metavar="FILE"),
+        Flag("teacher", "network of the teacher", "DiT-XL/2", type=model_name, group=NEEDED, metavar="NAME"),
+        Flag(
+            "pattern",
+            "N:M groups that pair the layers, e.g. 2:4x7",
+            shown="even groups, else the pattern recorded with the weights",
+            metavar="N:M",
+        ),
+        Flag("alpha", "weight of output distillation; the loss gets the rest", 0.9, type=share),
+        Flag("beta", "weight of the feature loss in the first epoch", 1e-2, type=amount),
+        Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=amount),
+    ),
+    shared=shared(f"{TRAINING_FLAGS} lr min-lr", num_workers=8),
+    kinds=("train",),
+    weights=(("load_weight", "model"), ("load_teacher", "teacher")),
+    latents=True,
+    precision="fp16",
+    unused=unused_flags(strong_aug=False),
 )
-from engine.data import open_latents, told_by_inputs
-from engine.errors import InputError, blame
-from engine.run import Run
-from engine.trainer import Trainer, start_network
-from families import family_of, stack_layers
-from pruning.distillation import DistillStep, even_groups, feature_weight, layer_pairs
-from pruning.patterns import check_borders, parse_pattern
+parse_args = COMMAND.resolve
 
 
-def parse_args(argv=None):
-    parser = make_parser("train_masked_kd", __doc__, TRAINING_FLAGS + " lr min-lr", "train", num_workers=8)
-    parser.add_argument("--teacher", type=flag_type(model_name), default="DiT-XL/2", help="network of the teacher")
-    parser.add_argument("--load-teacher", help="weights of the teacher")
-    parser.add_argument("--pattern", help="N:M groups that pair the layers, e.g. 2:4x7 (default: see README)")
-    parser.add_argument(
-        "--alpha", type=share, default=0.9, help="weight of output distillation; the loss gets the rest"
-    )
-    parser.add_argument("--beta", type=amount, default=1e-2, help="weight of the feature loss in the first epoch")
-    parser.add_argument(
-        "--mask-threshold", type=amount, default=2.0, help="extreme: beyond so many standard deviations"
-    )
-    add_unused(parser, strong_aug={"action": "store_true"})
-    return parse(parser, argv, told_by_inputs)
-
-
-def pair_layers(args, facts):
+def pair_layers(model, teacher, pattern, recorded):
     """Pairs by --pattern; else evenly; else by the pattern recorded with the weights or known of the release."""
-    family = family_of(args.model)
-    if family_of(args.teacher) is not family:
-        raise InputError(f"--teacher {args.teacher}: is no {family.name}, but --model {args.model} is; take one")
-    student, teacher = stack_layers(args.model), stack_layers(args.teacher)
-    even = all(t % s == 0 for s, t in zip(student, teacher, strict=True))
-    text = args.pattern or (None if even else facts.get("pattern") or family.patterns.get(args.model))
-    with blame("--pattern", text or f"for --model {args.model} and --teacher {args.teacher}"):
-        groups = parse_pattern(text, sum(teacher)) if text else even_groups(student, teacher)
-        check_borders(groups, teacher)
-        return layer_pairs(sum(student), sum(teacher), groups)
+    from pruning.distillation import even_groups, layer_pairs
+    from pruning.patterns import check_borders, parse_pattern
+
+    family = family_of(model)
+    if family_of(teacher) is not family:
+        raise InputError(
+            f"--teacher {teacher}: is a {family_of(teacher).name}, but --model {model} is a {family.name}; "
+            f"take a {family.name}"
+        )
+    student_layers, teacher_layers = stack_layers(model), stack_layers(teacher)
+    is_even = all(t % s == 0 for s, t in zip(student_layers, teacher_layers, strict=True))
+    text = pattern or (None if is_even else recorded or family.patterns.get(model))
+    with flag_errors("--pattern", text or f"for --model {model} and --teacher {teacher}"):
+        groups = parse_pattern(text, sum(teacher_layers)) if text else even_groups(student_layers, teacher_layers)
+        check_borders(groups, teacher_layers)
+        return layer_pairs(sum(student_layers), sum(teacher_layers), groups)
 
 
-def main(args):
-    report_unused(args)
-    if not args.load_teacher:
+def main(settings):
+    from engine.data import network_config
+    from engine.networks import NetworkStart
+    from engine.optim import Recipe
+    from engine.run import Run, compile_blocks
+    from engine.start import describe_sizes, open_data, start_training
+    from engine.trainer import Trainer, TrainingOptions
+    from pruning.distillation import DistillStep, feature_weight
+
+    if not settings.load_teacher:
         raise InputError("--load-teacher: missing; give the weights of the network to learn from")
-    dataset, config = open_latents(args)
-    net, facts = start_network(args, config)
-    pairs = pair_layers(args, facts)
-    teacher, _ = start_network(args, config, args.teacher, args.load_teacher, "--load-teacher", "--teacher")
+    family = settings.family
+    space, data = open_data(settings)
+    config, weights = network_config(data.dataset, space), settings.weights.get("load_weight")
+    start = NetworkStart(settings.model, config, weights)
+    recorded = start.describe(space).get("pattern")
+    pairs = pair_layers(settings.model, settings.teacher, settings.pattern, recorded)
+    teacher_start = NetworkStart(settings.teacher, config, settings.weights["load_teacher"], "--teacher")
 
-    run = Run(args, default_precision="fp16")
-    run.open_folder()
-    net = net(run.device)
-    teacher, objective = run.freeze(teacher(run.device)), family_of(args.model).objective(args)
-    step = DistillStep(net, teacher, objective, pairs, args.alpha, args.beta, args.mask_threshold)
-    steps_per_epoch = len(dataset) // args.global_batch_size
-    total_steps = args.epochs * steps_per_epoch
-    trainer = Trainer.for_recovery(run, step.to(run.device), args, total_steps, facts)
+    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
+    networks = {"student": start, "teacher": teacher_start}
+    sizes = describe_sizes(data, networks, start.count_state_bytes(), settings.ckpt_every)
+    folder = start_training(settings, run, sizes, start.describe(space))
+    if folder is None:
+        return
+
+    net, teacher = start.build(run.device), run.freeze(teacher_start.build(run.device))
+    if settings.compile:
+        compile_blocks(teacher)
+    objective = family.make_objective(**settings.own("train"))
+    step = DistillStep(net, teacher, objective, pairs, settings.alpha, settings.beta, settings.mask_threshold)
+    recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
+    groups, schedule = recipe.groups(net), recipe.schedule(data.total_steps)
+    trainer = Trainer(run, step.to(run.device), groups, net, options, schedule)
 
     def before_step(k):
-        step.beta = feature_weight(args.beta, k // steps_per_epoch, args.epochs)
+        step.beta = feature_weight(settings.beta, k // data.steps_per_epoch, settings.epochs)
 
-    run.log(f"layer pairs (student, teacher): {pairs}")
-    trainer.fit(dataset, args, total_steps, before_step, lambda k: ([], {"beta": step.beta}))
+    folder.log(f"layer pairs (student, teacher): {pairs}")
+    trainer.fit(data, folder, before_step, lambda k: ([], {"beta": step.beta}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from benchmarks.measure import Case, Side, main
 from engine.images import from_uint8, picture_loader
 from engine.run import Run
 from engine.sampling import ImageDraws
-from engine.vae import encode_pictures, load_codec
-from families import SD_VAE
+from engine.vae import LatentSpace, encode_pictures
+from families.dit import SD_VAE
 
 PROCESSES, LEVELS = 2, 4
 
@@ -61,15 +60,16 @@ def count_flops(widths, size):
 
 
 @cache
-def start(folder, device, precision):
+def start(folder, device, precision, size):
     """The run and the codec, once per process."""
-    run = Run(SimpleNamespace(device=device, precision=precision, seed=0), one_thread=True)
-    return run, load_codec(folder, SD_VAE, run.device, channels_last=precision != "fp32")
+    run = Run(device, precision, one_thread=True)
+    space = LatentSpace(size, folder, 1000, SD_VAE)
+    return run, space.load_codec(run.device, channels_last=precision != "fp32")
 
 
 def extract(folder, device, precision, batch, size, numbers):
     """Latents (n, 2, 4, h, w) of the pictures with these numbers, as extract_features.py makes them; processor time."""
-    run, codec = start(folder, device, precision)
+    run, codec = start(folder, device, precision, size)
     paths, done, since = {i: f"{folder}/{i}.jpg" for i in numbers}, [], time.process_time()
     batches = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
     for good, pixels, _ in picture_loader(paths, size, batches, 0, run.device):
@@ -81,14 +81,14 @@ def extract(folder, device, precision, batch, size, numbers):
 def build(precision, batch):
     """A builder of a side: `images` pictures, one share for each process."""
 
-    def side(args):
-        widths, size, images = ((32,) * LEVELS, 32, 4) if args.tiny else ((128, 256, 512, 512), 256, 4)
+    def side(setup):
+        widths, size, images = ((32,) * LEVELS, 32, 4) if setup.tiny else ((128, 256, 512, 512), 256, 4)
         folder = make_folder(widths, images).name
         # A process that was forked from one with threads may hang.
         pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(PROCESSES)]
 
         def run():
-            settings = (folder, str(args.device), precision, batch, size)
+            settings = (folder, str(setup.device), precision, batch, size)
             shares = [list(range(rank, images, PROCESSES)) for rank in range(PROCESSES)]
             found = [pool.submit(extract, *settings, share) for pool, share in zip(pools, shares, strict=True)]
             latents, seconds = zip(*(each.result() for each in found), strict=True)

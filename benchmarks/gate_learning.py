@@ -16,39 +16,37 @@ from benchmarks.networks import (
     weights_of,
 )
 from diffusion.objectives import TrainStep
-from engine.run import DTYPES, hold_frozen
-from pruning.gates import block_stacks
+from engine.run import DTYPES, cast_frozen_weights
+from pruning.gates import set_routing
 from pruning.lora import weight_update
 
 FORMS = {"dense": (True, 1.0), "sparse": (False, 1.0), "quarter": (False, 0.25)}  # dense, gate_samples
 BARS = {"full": {"sparse": 1.40, "quarter": 1.65}, "lora": {"sparse": 1.25, "quarter": 1.5}}
 
 
-def build(args, form="sparse", update="full", precision="fp32", depth=8, n=8, groups=None):
+def build(setup, form="sparse", update="full", precision="fp32", depth=8, n=8, groups=None):
     """Gradients of one step; FLOPs are those of what the form runs, a frozen weight saving one part of three."""
     dense, share = FORMS[form]
-    depth, n = (2, 2) if args.tiny else (depth, n)
-    groups = [[1, 2]] * (depth // 2) if args.tiny or groups is None else groups
-    net = make_network(args, depth, groups=groups).train()
+    depth, n = (2, 2) if setup.tiny else (depth, n)
+    groups = [[1, 2]] * (depth // 2) if setup.tiny or groups is None else groups
+    net = make_network(setup, depth, groups=groups).train()
     weight_update(net, True, 8 if update == "lora" else None)
-    hold_frozen(net, precision)
-    for stack in block_stacks(net):
-        stack.dense, stack.gate_samples = dense, share
-    step = TrainStep(net, make_objective(args))
+    cast_frozen_weights(net, precision)
+    set_routing(net, dense, share)
+    step = TrainStep(net, make_objective(setup))
     backward = {"full": 2, "lora": 1}[update]
     kept = sum(keep for keep, _ in groups) / depth
-    flops = block_flops(args, n) * depth * (kept * (1 + backward) + (1 - kept) * (share + backward * dense))
-    run = backward_of(args, step, make_batch(args, n), precision)
+    flops = block_flops(setup, n) * depth * (kept * (1 + backward) + (1 - kept) * (share + backward * dense))
+    run = backward_of(setup, step, make_batch(setup, n), precision)
     return Side(run, n, flops, DTYPES[precision], lambda: weights_of(net, precision))
 
 
-def build_family(args, name, form, **config):
+def build_family(setup, name, form, **config):
     """Gradients of one step of another family, in bf16."""
-    step, batch = make_family_step(args, name, **config)
-    for stack in block_stacks(step.net):
-        stack.dense, stack.gate_samples = FORMS[form]
-    batch = [tensor.to(args.device) for tensor in batch]
-    return Side(backward_of(args, step, batch, "bf16"), len(batch[0]))
+    step, batch = make_family_step(setup, name, **config)
+    set_routing(step.net, *FORMS[form])
+    batch = [tensor.to(setup.device) for tensor in batch]
+    return Side(backward_of(setup, step, batch, "bf16"), len(batch[0]))
 
 
 def compare_family(name, bar, **config):

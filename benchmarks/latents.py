@@ -7,21 +7,19 @@ page of a large data set is touched once per epoch, so a map that has been read 
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 from benchmarks.measure import Case, Side, main
-from engine.data import DONE, LatentDataset, LatentStore, latent_loader
+from engine.data import DONE, LatentDataset, LatentStore, TrainingData
 
 SHAPE, IMAGES, BATCH = (4, 32, 32), 32_768, 256
 
 
 def make_loader(folder, workers, steps, batch):
-    args = SimpleNamespace(global_batch_size=batch, global_seed=0, mirror=0.5, num_workers=workers)
-    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    return latent_loader(LatentDataset(folder), args, run, range(steps))
+    """Batches of the first steps of a training run on the latents in a folder, which is opened here."""
+    data = TrainingData(LatentDataset(folder), epochs=1, global_batch_size=batch, num_workers=workers)
+    return data.batches(range(steps))
 
 
 def random_pairs(n):
@@ -57,8 +55,8 @@ def make_folder(write, n):
 def build(write, workers, reopen):
     """A builder of a side that reads one epoch of a folder."""
 
-    def side(args):
-        n, batch = (64, 8) if args.tiny else (IMAGES, BATCH)
+    def side(setup):
+        n, batch = (64, 8) if setup.tiny else (IMAGES, BATCH)
         folder = make_folder(write, n).name
         loader = None if reopen else make_loader(folder, workers, n // batch, batch)
 

@@ -2,7 +2,7 @@
 
 A module is a list of cases and a last line; `python -m benchmarks.NAME [--repeats 5] [--json FILE] [--device D]`:
 
-    def build_ours(args):                       # args.device is a torch.device, args.tiny asks for a smoke test
+    def build_ours(setup):                      # a Setup: the device, and whether this is a smoke test
         net, optimizer = ...                    # nothing in here is measured
         return Side(lambda: step(net, x), items=32, flops=..., dtype=torch.bfloat16, kept=lambda: net.parameters())
 
@@ -44,6 +44,16 @@ LEAST_SECONDS = 0.2  # of one timing; shorter calls are repeated
 MATMUL = (4096, 1152, 4608)  # tokens, width and hidden width: the first product of DiT-XL's MLP for 16 images
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What builders go by: the device, whether sizes are the smallest, rounds, and whether memory is measured."""
+
+    device: torch.device
+    tiny: bool = False
+    repeats: int = 5
+    for_memory: bool = False
+
+
 @dataclass
 class Side:
     """One way to do it: `run()` is a call; of it, how many `items` it makes and how many `flops` the model takes.
@@ -60,7 +70,7 @@ class Side:
 
 @dataclass
 class Case:
-    """sides: name -> builder(args) -> Side, the baseline first. bars: (number, side or None, ">=" or "<=", value)."""
+    """sides: name -> builder(setup) -> Side, the baseline first. bars: (number, side or None, ">=" or "<=", value)."""
 
     name: str
     sides: dict
@@ -130,15 +140,15 @@ def matmul_rate(dtype, device, shape=MATMUL, repeats=5):
     return flops / median(time_sides({"matmul": function}, device, repeats)["matmul"])
 
 
-def measure_case(case, args):
+def measure_case(case, setup):
     """{side: its numbers} but memory, and what `compare` found."""
-    sides = {name: build(args) for name, build in case.sides.items()}
+    sides = {name: build(setup) for name, build in case.sides.items()}
     dtypes = {side.dtype for side in sides.values() if side.flops}
-    products = {dtype: make_matmul(dtype, args.device, (64, 64, 64) if args.tiny else MATMUL) for dtype in dtypes}
+    products = {dtype: make_matmul(dtype, setup.device, (64, 64, 64) if setup.tiny else MATMUL) for dtype in dtypes}
     results = {}
     functions = {name: lambda name=name: results.update({name: sides[name].run()}) for name in sides}
     functions |= {dtype: function for dtype, (function, _) in products.items()}
-    seconds = time_sides(functions, args.device, args.repeats, 0 if args.tiny else LEAST_SECONDS)
+    seconds = time_sides(functions, setup.device, setup.repeats, 0 if setup.tiny else LEAST_SECONDS)
     baseline, rows = seconds[next(iter(sides))], {}
     for name, side in sides.items():
         ratios = [theirs / own for theirs, own in zip(baseline, seconds[name], strict=True)]
@@ -154,21 +164,21 @@ def measure_case(case, args):
     return rows, case.compare(results) if case.compare else {}
 
 
-def measure_memory(build, args):
+def measure_memory(build, setup):
     """peak_mb and extra_mb of two calls, in this process, which has done nothing else; MB are 2**20 bytes."""
-    on_cpu, module = args.device.type == "cpu", torch.get_device_module(args.device)
-    now = (lambda: memory("VmRSS")) if on_cpu else (lambda: module.memory_allocated(args.device) / 2**20)
+    on_cpu, module = setup.device.type == "cpu", torch.get_device_module(setup.device)
+    now = (lambda: memory("VmRSS")) if on_cpu else (lambda: module.memory_allocated(setup.device) / 2**20)
     start = now()
-    side = build(args)
+    side = build(setup)
     built = now()
     if on_cpu:
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # building may have needed more than it left
     else:
-        module.reset_peak_memory_stats(args.device)
+        module.reset_peak_memory_stats(setup.device)
     for _ in range(2):
         side.run()
-    peak = memory("VmHWM") if on_cpu else module.max_memory_allocated(args.device) / 2**20
+    peak = memory("VmHWM") if on_cpu else module.max_memory_allocated(setup.device) / 2**20
     kept = side.kept and sum(tensor.nbytes for tensor in side.kept()) / 2**20
     return {"peak_mb": peak, "extra_mb": peak - built if kept is None else peak - start - kept}
 
@@ -185,18 +195,18 @@ def main(module, doc, cases, argv=None, parser=None):
     """Run the cases of a module (its `__spec__.name` and `__doc__`); a parser of its own may have more flags."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = (parser or make_parser(doc)).parse_args(words)
-    args.device = find_device(args.device)
+    setup = Setup(find_device(args.device), args.tiny, args.repeats, for_memory=bool(args.side))
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = [case for case in cases if args.case in (None, case.name)]
     if not cases:
         raise SystemExit(f"no case is called {args.case!r}")
     if args.side:
-        print(json.dumps(measure_memory(cases[0].sides[args.side], args)))
+        print(json.dumps(measure_memory(cases[0].sides[args.side], setup)))
         return
     done = []
     for case in cases:
-        rows, found = measure_case(case, args)
+        rows, found = measure_case(case, setup)
         measured = case.memory and not (args.tiny and done)  # one case shows that it works
         for name in case.sides if measured else ():
             rows[name] |= start_side(module, [*words, "--case", case.name, "--side", name])
@@ -206,4 +216,4 @@ def main(module, doc, cases, argv=None, parser=None):
         done.append({"case": case.name, "sides": rows, "found": found, "bars": bars})
         show(done[-1])
         if args.json:  # after every case, so that a long run that is stopped leaves what it measured
-            write_json(args.json, args.device, done)
+            write_json(args.json, setup.device, done)

@@ -8,25 +8,25 @@ from benchmarks.measure import Case, Side, main
 from benchmarks.networks import autocast, block_flops, make_batch, make_network
 from diffusion import create_diffusion
 from diffusion.samplers import GaussianSampler
-from engine.run import DTYPES, hold_frozen
+from engine.run import DTYPES, cast_frozen_weights
 
 DEPTHS, STEPS = {"XL": 28, "D19": 19, "D14": 14, "D7": 7}, 2
 
 
-def build(args, depth=14, precision="bf16", n=2, compiled=False):
+def build(setup, depth=14, precision="bf16", n=2, compiled=False):
     """Some guided steps of the ancestral sampler, on a doubled batch."""
-    depth, compiled = (2, False) if args.tiny else (depth, compiled)  # compiling takes longer than the rest
-    noise, labels = make_batch(args, n)
-    sampler = GaussianSampler(create_diffusion(str(STEPS)), "ddpm", cfg_scale=4.0).to(args.device)
-    net = hold_frozen(make_network(args, depth).eval().requires_grad_(False), precision)
+    depth, compiled = (2, False) if setup.tiny else (depth, compiled)  # compiling takes longer than the rest
+    noise, labels = make_batch(setup, n)
+    sampler = GaussianSampler(create_diffusion(str(STEPS)), "ddpm", cfg_scale=4.0).to(setup.device)
+    net = cast_frozen_weights(make_network(setup, depth).eval().requires_grad_(False), precision)
     for block in net.blocks if compiled else ():
         block.compile()
 
     def run():
-        with torch.inference_mode(), autocast(args, precision):
+        with torch.inference_mode(), autocast(setup, precision):
             return sampler(net, labels, noise)
 
-    return Side(run, n, STEPS * depth * block_flops(args, 2 * n), DTYPES[precision])
+    return Side(run, n, STEPS * depth * block_flops(setup, 2 * n), DTYPES[precision])
 
 
 def compare_depths(precision):

@@ -1,26 +1,24 @@
 """A whole training step, with clipping, optimizer and average: bf16 against fp32, and both against pure matmuls."""
 
-from argparse import Namespace
 from functools import partial
 
 from benchmarks.measure import Case, Side, main
 from benchmarks.networks import block_flops, make_batch, make_network, make_objective
 from diffusion.objectives import TrainStep
 from engine.run import DTYPES, Run
-from engine.trainer import Trainer
+from engine.trainer import Trainer, TrainingOptions
 
 
-def build(args, precision="bf16", depth=8, n=8, grad_checkpointing=False, compiled=False):
+def build(setup, precision="bf16", depth=8, n=8, grad_checkpointing=False, compiled=False):
     """One optimizer step; what checkpointing computes again is not among its FLOPs."""
-    depth, n, compiled = (2, 2, False) if args.tiny else (depth, n, compiled)  # compiling takes longer than the rest
-    flags = {"ema_decay": 0.999, "clip_norm": 1.0, "compile": compiled, "grad_accumulation": 1}
-    flags |= {"device": str(args.device), "precision": precision, "grad_checkpointing": grad_checkpointing}
-    settings = Namespace(**flags)
-    step = TrainStep(make_network(args, depth).train(), make_objective(args))
+    depth, n, compiled = (2, 2, False) if setup.tiny else (depth, n, compiled)  # compiling takes longer than the rest
+    options = TrainingOptions(ema_decay=0.999, grad_checkpointing=grad_checkpointing, compile=compiled)
+    step = TrainStep(make_network(setup, depth).train(), make_objective(setup))
     groups = [{"params": [p for p in step.net.parameters() if p.requires_grad], "lr": 1e-4}]
-    trainer = Trainer(Run(settings), step, groups, step.net, settings)
-    batch = make_batch(args, n)
-    return Side(lambda: trainer.train_step(*batch), n, 3 * depth * block_flops(args, n), DTYPES[precision])
+    run = Run(str(setup.device), precision)
+    trainer = Trainer(run, step, groups, step.net, options)
+    batch = make_batch(setup, n)
+    return Side(lambda: trainer.train_step(*batch), n, 3 * depth * block_flops(setup, n), DTYPES[precision])
 
 
 def compare_precisions(name, **options):

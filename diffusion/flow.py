@@ -52,15 +52,11 @@ def vp_path(t):
 
 
 PATHS = {"Linear": linear_path, "GVP": gvp_path, "VP": vp_path}
-PREDICTIONS = ("velocity", "score", "noise")
-FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LOSS_WEIGHTS = {  # factor of the loss of noise and score
     None: lambda c: torch.ones_like(c.sigma),
     "velocity": lambda c: (c.score_weight / c.sigma) ** 2,
     "likelihood": lambda c: c.score_weight / c.sigma**2,
 }
-WEIGHTS = tuple(name for name in LOSS_WEIGHTS if name)
-LAST_STEPS = ("None", "Mean", "Tweedie", "Euler")
 
 
 def at(path, t, ndim):
@@ -122,7 +118,7 @@ class FlowObjective(nn.Module):
         first, last = self.limits
         noise = torch.randn_like(x)
         t = torch.rand(len(x), dtype=x.dtype, device=x.device) * (last - first) + first
-        return Draw(t, noise, net.y_embedder.draw_drop(len(x), x.device))
+        return Draw(t, noise, net.draw_drop(len(x), x.device))
 
     def _point(self, x, draw):
         c = at(self.path, draw.t, x.ndim)
@@ -168,7 +164,10 @@ class FlowSampler(nn.Module):
 
     @torch.no_grad()
     def forward(self, net, y, noise, step_noise=None, progress=False):
-        """Labels y (N,) and start noise (N, C, H, W) -> latents (N, C, H, W); step_noise(k): noise of the k-th step."""
+        """Labels y (N,) and start noise (N, C, H, W) -> latents (N, C, H, W).
+
+        step_noise(k, shape) gives the k-th standard normal tensor (N, *shape); without it noise is drawn where needed.
+        """
         return self.trajectory(net, y, noise, step_noise, progress)[-1][: len(y)]
 
 
@@ -188,7 +187,7 @@ class OdeSampler(FlowSampler):
         from torchdiffeq._impl.odeint import SOLVERS
 
         if method not in SOLVERS:
-            raise ValueError(f"{method!r} is no method of torchdiffeq: expected one of {', '.join(SOLVERS)}")
+            raise ValueError(f"{method!r} is not a method of torchdiffeq: expected one of {', '.join(SOLVERS)}")
         first, last = time_limits(path, prediction, "ode", sample_eps, reverse=reverse)
         if first == 1 and prediction == "noise":  # VP in reverse: there the score of a noise is infinite
             first = 1 - (sample_eps or NEAR)
@@ -225,7 +224,7 @@ class SdeSampler(FlowSampler):
     ):  # fmt: skip
         super().__init__(path, prediction, cfg_scale, cfg_channels, num_steps)
         if method not in ("Euler", "Heun"):
-            raise ValueError(f"{method!r} is no method for the SDE: expected Euler or Heun")
+            raise ValueError(f"{method!r} is not a method for the SDE: expected Euler or Heun")
         self.method, self.form, self.norm, self.last_step = method, diffusion_form, diffusion_norm, last_step
         self.last_step_size = 0.0 if last_step == "None" else last_step_size
         first, last = time_limits(path, prediction, "sde", sample_eps, diffusion_form, self.last_step_size)
@@ -255,7 +254,7 @@ class SdeSampler(FlowSampler):
         return (x + c.sigma**2 * score_of(output, self.prediction, x, c)) / c.alpha
 
     def trajectory(self, net, y, noise, step_noise=None, progress=False):
-        """States behind every step and behind the last one: a list of num_steps tensors (N, C, H, W)."""
+        """States after every step and after the last one: a list of num_steps tensors (N, C, H, W)."""
         plain = guided(net, self.cfg_scale, self.cfg_channels)
 
         def model(x, t):
@@ -264,7 +263,8 @@ class SdeSampler(FlowSampler):
         times = torch.linspace(*self.limits, self.num_steps, dtype=noise.dtype, device=noise.device)
         h, x, states = times[1] - times[0], noise, []
         for k in tqdm(range(self.num_steps - 1), disable=not progress, desc="sampling", leave=False):
-            t, step = times[k], torch.randn_like(noise) if step_noise is None else step_noise(k)
+            t = times[k]
+            step = torch.randn_like(noise) if step_noise is None else step_noise(k, noise.shape[1:])
             scattered = (2 * self._strength(t, x)).sqrt() * h.sqrt() * step
             if self.method == "Euler":
                 x = x + h * self.drift(model, x, t) + scattered

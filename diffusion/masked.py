@@ -112,7 +112,7 @@ class MaskedObjective(nn.Module):
         return {name: values.view(draw.t.shape).mean((0, 2)) for name, values in terms.items()}
 
 
-GUIDANCE = {  # schedule -> scale of a step, from the full scale and the share of tokens known behind that step
+GUIDANCE = {  # schedule -> scale of a step, from the full scale and the share of tokens known after that step
     "linear": lambda scale, known: 1 + (scale - 1) * known,
     "constant": lambda scale, known: scale,
 }
@@ -145,9 +145,9 @@ def guide_head(head, x, t, z, null, scale):
 
 @dataclass
 class MaskedStep:
-    """One step of sampling: what was predicted, M = N * (tokens of this step) tokens, and the state behind it."""
+    """One step of sampling: what was predicted, M = N * (tokens of this step) tokens, and the state after it."""
 
-    z: torch.Tensor  # (M, D), or (2M, D) with the unconditional ones behind
+    z: torch.Tensor  # (M, D), or (2M, D) the unconditional ones last
     cfg_scale: float
     sampled: torch.Tensor  # (M, width)
     tokens: torch.Tensor  # (N, L, width)

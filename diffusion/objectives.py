@@ -25,7 +25,7 @@ class GaussianObjective(nn.Module):
     def draw(self, net, x, y):
         """Draw steps, noise and, in training mode, label drops, in this order."""
         t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=x.device)
-        return Draw(t, torch.randn_like(x), net.y_embedder.draw_drop(len(x), x.device))
+        return Draw(t, torch.randn_like(x), net.draw_drop(len(x), x.device))
 
     def predict(self, net, x, y, draw, observe=None):
         """Run `net` on the noised latents -> (N, C or 2C, H, W); `observe` as for the network."""

@@ -43,7 +43,7 @@ class GaussianSampler(nn.Module):
     def forward(self, net, y, noise, step_noise=None, progress=False):
         """Labels y (N,) and start noise (N, C, H, W) -> latents (N, C, H, W).
 
-        step_noise(k) gives the noise of the k-th step; without it noise is drawn where it is needed.
+        step_noise(k, shape) gives the k-th standard normal tensor (N, *shape); without it noise is drawn where needed.
         """
 
         def model(k, x, t):
@@ -52,14 +52,14 @@ class GaussianSampler(nn.Module):
             return guided(net, scale, self.cfg_channels)(x, t, y)
 
         bar = tqdm(range(self.steps), disable=not progress, desc="sampling", leave=False)
-        return self.solve(model, noise, bar, step_noise or (lambda k: torch.randn_like(noise)))
+        return self.solve(model, noise, bar, step_noise or (lambda k, shape: torch.randn_like(noise)))
 
     def _chain(self, model, x, steps, step_noise):
         take = {"ddpm": self.diffusion.p_sample, "ddim": self.diffusion.ddim_sample}[self.method]
         none = torch.zeros_like(x)  # DDIM adds no noise, so none is drawn
         for k in steps:
             t = torch.full((len(x),), self.steps - 1 - k, device=x.device)
-            noise = step_noise(k) if self.method == "ddpm" else none
+            noise = step_noise(k, x.shape[1:]) if self.method == "ddpm" else none
             x = take(partial(model, k), x, t, clip_denoised=False, noise=noise)["sample"]
         return x
 

@@ -1,60 +1,81 @@
-"""A few batches of latents to measure a network on: from encoded latents, or from images encoded on the fly."""
+"""A few batches of latents to measure a network on: from encoded latents, or from pictures encoded on the fly."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from engine.data import LatentDataset, check_latents, network_channels, told_by_latents
-from engine.errors import InputError, blame
+from engine.data import network_channels, open_latents
+from engine.errors import InputError, flag_errors
+from engine.file_settings import read_latents
 from engine.images import list_images, load_image
-from engine.vae import load_codec
-from families import family_of
+from engine.vae import LatentSpace
 
 
-def calibration_batches(args, device, shapes):
-    """--nsamples // --batch-size batches (x, y) of randomly chosen and mirrored images of --data-path, on `device`.
+@dataclass(frozen=True)
+class Calibration:
+    """nsamples // batch_size batches of randomly chosen and mirrored images; the fields but `space` are settings."""
 
-    shapes: in_channels and input_size of the network. Raises InputError, before the first batch, for unfit data.
-    """
-    rng = np.random.default_rng(args.seed)
-    n = args.nsamples // args.batch_size * args.batch_size
-    from_images = not told_by_latents(args.data_path) and _has_images(args.data_path)
-    total, read = _pictures(args, device) if from_images else _encoded(args, shapes)
-    if total < n:
-        raise InputError(f"--nsamples {args.nsamples}: --data-path {args.data_path} has {total} images; take fewer")
-    order = rng.permutation(total)[:n].reshape(-1, args.batch_size)
-    mirrored = rng.random(order.shape) < args.mirror
-    return ([tensor.to(device) for tensor in read(*row)] for row in zip(order, mirrored, strict=True))
+    data_path: str
+    space: LatentSpace
+    nsamples: int
+    batch_size: int
+    seed: int
+    mirror: float
 
+    @property
+    def count(self):
+        """Number of batches."""
+        return self.nsamples // self.batch_size
 
-def _has_images(folder):
-    try:
-        return bool(list_images(folder))
-    except InputError:
-        return False
+    def batches(self, device, in_channels):
+        """The batches (x, y) on `device`, for a network with so many input channels.
 
+        Raises InputError, before the first batch, for unfit data.
+        """
+        rng = np.random.default_rng(self.seed)
+        n = self.count * self.batch_size
+        read_encoded = self._open_pictures if self._holds_pictures() else self._open_latents
+        total, read = read_encoded(device, in_channels)
+        if total < n:
+            raise InputError(f"--nsamples {self.nsamples}: --data-path {self.data_path} has {total} images; take fewer")
+        order = rng.permutation(total)[:n].reshape(-1, self.batch_size)
+        mirrored = rng.random(order.shape) < self.mirror
+        return ([tensor.to(device) for tensor in read(*row)] for row in zip(order, mirrored, strict=True))
 
-def _encoded(args, shapes):
-    dataset = LatentDataset(args.data_path)
-    stored = check_latents(dataset, args, shapes["input_size"])
-    channels = network_channels(stored, family_of(args.model).latents)
-    if channels != shapes["in_channels"]:
-        raise InputError(
-            f"--data-path {args.data_path}: latents have {channels} channels, the network takes {shapes['in_channels']}"
-        )
-    return len(dataset), lambda images, mirrored: dataset.__getitems__(2 * images + mirrored)
+    def _holds_pictures(self):
+        if read_latents(self.data_path):
+            return False
+        try:
+            return bool(list_images(self.data_path))
+        except InputError:
+            return False
 
+    def _open_latents(self, device, in_channels):
+        """(number of images, (images, mirrored) -> latents and labels)."""
+        dataset = open_latents(self.data_path, self.space)
+        channels = network_channels(dataset, self.space)
+        if channels != in_channels:
+            raise InputError(
+                f"--data-path {self.data_path}: latents have {channels} channels, the network takes {in_channels}"
+            )
+        return len(dataset), lambda images, mirrored: dataset.__getitems__(2 * images + mirrored)
 
-def _pictures(args, device):
-    paths, labels, classes = list_images(args.data_path)
-    if len(classes) > args.num_classes:
-        raise InputError(f"--num-classes {args.num_classes}: --data-path {args.data_path} has {len(classes)} classes")
-    codec = load_codec(args.vae, family_of(args.model).latents, device)
+    def _open_pictures(self, device, in_channels):
+        """The same, encoding pictures."""
+        paths, labels, classes = list_images(self.data_path)
+        space, size = self.space, self.space.image_size
+        if len(classes) > space.num_classes:
+            raise InputError(
+                f"--num-classes {space.num_classes}: --data-path {self.data_path} has {len(classes)} classes"
+            )
+        codec = space.load_codec(device)
 
-    def read(images, mirrored):
-        with blame("--data-path", args.data_path):
-            pictures = [load_image(paths[i], args.image_size) for i in images]
-        pictures = [p.flip(-1) if flip else p for p, flip in zip(pictures, mirrored, strict=True)]
-        noise = torch.randn(len(images), *codec.noise_shape(args.image_size), device=device)
-        return codec.encode(torch.stack(pictures).to(device), noise), torch.tensor([labels[i] for i in images])
+        def read(images, mirrored):
+            with flag_errors("--data-path", self.data_path):
+                pictures = [load_image(paths[i], size) for i in images]
+            pictures = [p.flip(-1) if flip else p for p, flip in zip(pictures, mirrored, strict=True)]
+            noise = torch.randn(len(images), *codec.noise_shape(size), device=device)
+            return codec.encode(torch.stack(pictures).to(device), noise), torch.tensor([labels[i] for i in images])
 
-    return len(paths), read
+        return len(paths), read

@@ -1,36 +1,168 @@
-"""Files of weights and of training state: read safely, checked against the model, written atomically."""
+"""Files of weights and of training state: opened once, read safely, checked against a model, written whole."""
 
 import argparse
 import json
+import math
 import os
 import pickle
-import time
 import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from engine.errors import InputError, blame
-from engine.vae import shrink_factor
-from families import FAMILIES, TOLD, create_model, describe_weights, expected_shapes, family_of, model_config
+from engine.errors import InputError, flag_errors
+from engine.files import download, write_atomically, write_json
+from families import RELEASES, SHAPE_ARGUMENTS, create_model, describe_shapes, family_of, model_config
 
 ENTRIES = ("ema", "model_ema", "model")  # of a training checkpoint, in order of preference
+GATES = "gumbel_gates."
+
+
+class Weights:
+    """Weights that a flag names: what is known of them at once, their tensors when they are asked for.
+
+    name: a file, or the name of a published one, which is fetched only when its tensors are needed; until then its
+    settings are those of the release. A file is opened once, here. average: take the averaged weights of a training
+    checkpoint if there are any. Raises InputError for a file without weights.
+    """
+
+    def __init__(self, name, flag, average=True):
+        self.name, self.flag, self.average = str(name), flag, average
+        self.release = None if os.path.isfile(name) else RELEASES.get(self.name)
+        self.facts = dict(self.release.settings) if self.release else read_facts(name)
+        self.opened = None if self.release else open_weights(self.name, flag, average)
+
+    @cached_property
+    def path(self):
+        """Where the file is; a published one is fetched first, into torch's cache."""
+        if not self.release:
+            return self.name
+        with flag_errors(self.flag, self.name):
+            return str(download(self.release.url, Path(torch.hub.get_dir()) / "checkpoints" / self.name))
+
+    @cached_property
+    def file(self):
+        """The opened file, see `Opened`."""
+        return self.opened or open_weights(self.path, self.flag, self.average)
+
+    @cached_property
+    def state(self):
+        """The state dict, {key: tensor}."""
+        return self.file.read()
+
+    def count_parameters(self):
+        """Number of weights, those of gates left out."""
+        return sum(math.prod(shape) for key, shape in self.file.shapes.items() if not key.startswith(GATES))
+
+    def describe(self, model=None):
+        """What the shapes tell, see families.describe_shapes; raises InputError for another family than `model`'s."""
+        with flag_errors(self.flag, self.name):
+            return describe_shapes(self.file.shapes, model)
+
+    def read_config(self, model):
+        """Constructor arguments of the network called `model` that the shapes tell."""
+        told = self.describe(model)
+        return {key: told[key] for key in SHAPE_ARGUMENTS if key in told}
+
+    def check_fit(self, model, config, option="--model"):
+        """Raise InputError unless these are the weights of the network `model` with constructor arguments `config`.
+
+        option: the flag that names the model, for the message, which says what would fit.
+        """
+        found = {key: tuple(shape) for key, shape in self.file.shapes.items() if not key.startswith(GATES)}
+        expected = expected_shapes(model, config)
+        if found == expected:
+            return
+        told, asked, name = self.describe(model), {**model_config(model), **config}, f"{self.flag} {self.name}"
+        for key, flag in (("num_classes", "--num-classes"), ("in_channels", "--vae"), ("input_size", "--image-size")):
+            if key in asked and asked[key] != told[key] and told["model"] == model:
+                raise InputError(f"{name}: has {key} {told[key]}, expected {asked[key]}; change {flag}")
+        depths, width = family_of(model).stacks(asked), asked["hidden_size"]
+        if (told["depths"], told["hidden_size"]) != (depths, width):
+            advice = f"take {option} {told['model']}" if told["model"] else "no registered model has this width"
+            raise InputError(
+                f"{name}: has {sum(told['depths'])} layers of width {told['hidden_size']}, but {option} {model} has "
+                f"{sum(depths)} of width {width}; {advice}"
+            )
+        different = min(set(found.items()) ^ set(expected.items()))
+        raise InputError(f"{name}: does not fit {option} {model}: keys or shapes differ, the first is {different[0]}")
+
+    def build(self, model, config, device):
+        """The network called `model` in float32 on `device`, with a copy of these weights, which fit."""
+        with torch.device("meta"):
+            net = create_model(model, **config)
+        weights = {
+            key: value.to(device, torch.float32, copy=True)
+            for key, value in self.state.items()
+            if not key.startswith(GATES)
+        }
+        net.load_state_dict(weights, strict=False, assign=True)
+        return net.to(device)
+
+
+class Opened(NamedTuple):
+    """A file of weights that was opened: shapes at once, tensors by `read()`, and the checkpoint around them."""
+
+    shapes: dict  # key -> shape
+    read: Callable  # () -> state dict; memory-mapped where the format allows
+    checkpoint: dict  # the other entries of a training checkpoint
+    averaged: bool  # whether these are the averaged weights of it
+
+
+def open_weights(path, flag, average=True):
+    """Open the weights in a file: its entry `ema`, `model_ema` or `model` (not `average`: `model`), or all of it."""
+    if str(path).endswith(".safetensors"):
+        return open_safetensors(path, flag)
+    checkpoint = weights = read_file(path, flag)
+    found = None
+    for entry in ENTRIES if average else ("model",):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(entry), dict):
+            found, weights = entry, checkpoint[entry]
+            break
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        wanted = "an entry ema or model" if average else "an entry model"
+        raise InputError(f"{flag} {path}: holds no weights; expected a state dict or {wanted}")
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    around = {key: value for key, value in checkpoint.items() if key not in ENTRIES} if found else {}
+    return Opened(shapes, lambda: weights, around, averaged=found in ENTRIES[:2])
+
+
+def read_weights(path, flag, average=True):
+    """The state dict in a file, see `open_weights`."""
+    return open_weights(path, flag, average).read()
+
+
+def open_safetensors(path, flag):
+    """The same of a .safetensors file, whose header has all shapes."""
+    if not os.path.isfile(path):
+        raise missing_file(path, flag)
+    with damage_errors(path, flag):
+        file = safe_open(path, "pt")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+
+    def read():
+        with damage_errors(path, flag):
+            return {key: file.get_tensor(key) for key in shapes}
+
+    return Opened(shapes, read, {}, averaged=False)
 
 
 def read_file(path, flag):
     """Tensors and plain values of a checkpoint, memory-mapped where the format allows; never executes foreign code.
 
-    Raises InputError for what is missing, truncated, no checkpoint, or holds other Python objects than tensors and
-    plain containers (an argparse.Namespace, as in published training checkpoints, is read).
+    Raises InputError for a file that is missing, truncated or not a checkpoint, or that holds other Python objects than
+    tensors and plain containers (an argparse.Namespace, as in published training checkpoints, is read).
     """
     if not os.path.isfile(path):
-        raise InputError(f"{flag} {path}: no such file; expected a file of weights")
+        raise missing_file(path, flag)
     try:
-        if str(path).endswith(".safetensors"):
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with damage_errors(path, flag), torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).lower()
@@ -41,28 +173,33 @@ def read_file(path, flag):
             raise InputError(
                 f"{flag} {path}: refused, since opening it would run foreign code; expected tensors and plain values"
             ) from None
-        raise _damaged(flag, path) from None
+        raise damaged_file(path, flag) from None
+
+
+@contextmanager
+def damage_errors(path, flag):
+    """Turn what torch and safetensors raise for damaged files into an InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, SafetensorError):
-        raise _damaged(flag, path) from None
+        raise damaged_file(path, flag) from None
 
 
-def _damaged(flag, path):
-    return InputError(
-        f"{flag} {path}: no checkpoint, or a truncated one; expected a .pt or .safetensors file of weights"
-    )
+def missing_file(path, flag):
+    return InputError(f"{flag} {path}: no such file; expected a file of weights")
 
 
-def read_weights(path, flag, prefer_ema=True):
-    """The state dict of a file: its entry `ema`, `model_ema` or `model` (not prefer_ema: `model`), or all of it."""
-    checkpoint = read_file(path, flag)
-    for entry in ENTRIES if prefer_ema else ("model",):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(entry), dict):
-            checkpoint = checkpoint[entry]
-            break
-    if not isinstance(checkpoint, dict) or not all(isinstance(v, torch.Tensor) for v in checkpoint.values()):
-        wanted = "an entry ema or model" if prefer_ema else "an entry model"
-        raise InputError(f"{flag} {path}: holds no weights; expected a state dict or {wanted}")
-    return checkpoint
+def damaged_file(path, flag):
+    return InputError(f"{flag} {path}: truncated, or not a checkpoint; expected a .pt or .safetensors file of weights")
+
+
+def expected_shapes(model, config):
+    """{key: shape} of the weights that a network needs from a file: its state dict without gates."""
+    with torch.device("meta"):
+        net = create_model(model, **config)
+    return {key: tuple(value.shape) for key, value in net.state_dict().items() if not key.startswith(GATES)}
 
 
 def facts_path(path):
@@ -78,119 +215,25 @@ def read_facts(path):
     return facts if isinstance(facts, dict) else {}
 
 
-def write_atomically(path, write):
-    """Call write(temporary path), then rename: nobody ever sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_weights(path, state, **facts):
     """Write a plain state dict (.pt, or .safetensors by suffix) and, beside it, its facts as <path>.json."""
     if str(path).endswith(".safetensors"):
-        write_atomically(path, lambda file: save_file({k: v.contiguous() for k, v in state.items()}, file))
+        contiguous = {key: value.contiguous() for key, value in state.items()}
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary))
     else:
-        write_atomically(path, lambda file: torch.save(state, file))
-    write_facts(path, facts)
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_json(facts_path(path), facts)
 
 
 def save_state(path, state, **facts):
     """Write a training state (tensors and plain values) and, beside it, facts about its weights."""
-    write_atomically(path, lambda file: torch.save(state, file))
-    write_facts(path, facts)
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_json(facts_path(path), facts)
 
 
-def write_facts(path, facts):
-    write_atomically(facts_path(path), lambda file: file.write_text(json.dumps(facts, indent=1)))
-
-
-def told_by_weights(path, flag, vae, prefer_ema=True):
-    """Settings that a file of weights tells by facts or shapes: model, image_size, num_classes, perhaps vae.
-
-    vae: the value of --vae, which settles how many pixels a latent stands for; its default gives way to the facts.
-    """
-    if not path or not os.path.isfile(path):
-        return {}
-    facts = read_facts(path)
-    with blame(flag, path):
-        shapes = describe_weights(read_weights(path, flag, prefer_ema))
-    told = {name: facts.get(name) or shapes[name] for name in ("model", "num_classes")}
-    if facts.get("vae"):
-        told["vae"] = facts["vae"]
-    latents = family_of(told["model"] or "DiT").latents
-    usual = {next(iter(family.latents.hub)) for family in FAMILIES.values()}  # defaults, of whichever family
-    vae = told.get("vae", next(iter(latents.hub))) if vae in usual else vae
-    told["image_size"] = shapes["input_size"] * shrink_factor(vae, latents)
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def check_fit(state, flag, path, name, option="--model", **config):
-    """Raise InputError unless `state` holds exactly the weights of the model `name`; says which model would fit."""
-    with torch.device("meta"):
-        expected = expected_shapes(create_model(name, **config))
-    found = {k: v.shape for k, v in state.items() if not k.startswith("gumbel_gates.")}
-    if found == expected:
-        return
-    with blame(flag, path):
-        shapes = describe_weights(state, name)
-    asked = {**model_config(name), **config}
-    depth, width = sum(shapes["depths"]), shapes["hidden_size"]
-    for key, setting in (("num_classes", "--num-classes"), ("in_channels", "--vae"), ("input_size", "--image-size")):
-        if key in asked and asked[key] != shapes[key] and shapes["model"] == name:
-            raise InputError(f"{flag} {path}: has {key} {shapes[key]}, expected {asked[key]}; change {setting}")
-    stacks = family_of(name).stacks(asked)
-    if (shapes["depths"], width) != (stacks, asked["hidden_size"]):
-        advice = f"take {option} {shapes['model']}" if shapes["model"] else "no registered model has this width"
-        raise InputError(
-            f"{flag} {path}: has {depth} layers of width {width}, but {option} {name} has "
-            f"{sum(stacks)} of width {asked['hidden_size']}; {advice}"
-        )
-    different = sorted(set(found.items()) ^ set(expected.items()))
-    raise InputError(
-        f"{flag} {path}: does not fit {option} {name}: keys or shapes differ, the first is {different[0][0]}"
-    )
-
-
-def read_checked(path, flag, name, prefer_ema=True):
-    """Weights that fit the model called `name`, and the constructor arguments that their shapes tell."""
-    state = read_weights(path, flag, prefer_ema)
-    with blame(flag, path):
-        shapes = describe_weights(state, name)
-    config = {key: shapes[key] for key in TOLD if key in shapes}
-    check_fit(state, flag, path, name, **config)
-    return state, config
-
-
-def build_network(name, state, device, **config):
-    """The network called `name` in float32 on `device`, with the weights of a checked state dict (copied)."""
-    with torch.device("meta"):
-        net = create_model(name, **config)
-    weights = {k: v.to(device, torch.float32, copy=True) for k, v in state.items() if not k.startswith("gumbel_gates.")}
-    net.load_state_dict(weights, strict=False, assign=True)
-    return net.to(device)
-
-
-def fetch(name, flag, family):
-    """Path of a file of weights: `name`, or the published file of that name, fetched once into torch's cache."""
-    if os.path.isfile(name) or name not in family.releases:
-        return name
-    return download(family.releases[name], name, flag)
-
-
-def download(url, name, flag):
-    """Path of `url` in torch's cache, as `name`; fetched if it is not there, by the first process of a machine."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.is_file():
-        time.sleep(1)  # the first process of this machine downloads; the launcher ends us if it fails
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{flag} {name}: cannot be fetched from {url} ({error})") from None
-    return str(path)
+def read_state(path, flag="--resume"):
+    """A training state of a run folder; raises InputError for any other file."""
+    state = read_file(path, flag)
+    if not isinstance(state, dict) or not isinstance(state.get("train_steps"), int):
+        raise InputError(f"{flag} {path}: not a training state; take a file of a run folder's checkpoints")
+    return state

@@ -1,16 +1,139 @@
-"""Command lines: every shared flag in one table, checks of what users give, and the way a script is started."""
+"""The command line of a script: its flags in groups, read in one pass, and the way it is started. Without torch."""
 
 import argparse
+import difflib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from engine.distributed import is_main, shutdown
 from engine.errors import InputError, RunError
-from families import FAMILIES, family_of, model_config
+from engine.resolve import resolve
+from families import FAMILIES
+from families.flags import FAMILY, GROUPS, UNUSED, Flag
 
 
-def flag_type(convert):
-    """Let argparse show the message of a ValueError raised by `convert`."""
+@dataclass(frozen=True)
+class Command:
+    """What a script takes.
+
+    name: of the script, by which families have defaults for it. doc: its docstring, of which the text after "Example:"
+    ends the help. own, shared: its own flags and those of engine.flags. kinds: of families' flags, see
+    families.family.Family; None for a script that knows no networks. weights: pairs (setting that names a file, setting
+    that names its model). latents: whether data-path holds encoded latents that tell settings. scratch: whether the
+    family's settings of training from scratch apply without weights. precision: what an unset --precision is on a GPU.
+    unused: flags that the original has and never reads.
+    """
+
+    name: str
+    doc: str
+    own: tuple = ()
+    shared: tuple = ()
+    kinds: tuple | None = ()
+    weights: tuple = ()
+    latents: bool = False
+    scratch: bool = False
+    precision: str = "fp32"
+    unused: tuple = ()
+
+    def family_flags(self):
+        """Flags that not all families have, each once."""
+        rows = [flag for family in FAMILIES.values() for flag in family.own_flags(self.kinds or ())]
+        return list({flag.dest: flag for flag in rows}.values())
+
+    def flags(self):
+        """All flags: the script's own, shared ones, families', unused ones."""
+        return [*self.own, *self.shared, *self.family_flags(), *self.unused]
+
+    def defaults(self):
+        """{setting: default} but those of families' flags."""
+        return {flag.dest: flag.default for flag in (*self.own, *self.shared, *self.unused)}
+
+    def parse(self, argv=None):
+        """{setting: value} of what was typed. Ends the process for --help, and with a message for a wrong flag."""
+        parser, words = make_parser(self), sys.argv[1:] if argv is None else argv
+        self._refuse_unknown(parser, words)
+        found = parser.parse_args(words)
+        return {name: value for name, value in vars(found).items() if value is not None}
+
+    def _refuse_unknown(self, parser, words):
+        """End the process with the nearest flag, before anything else is said of the command line."""
+        options = [
+            "--help",
+            *(flag.option for flag in self.flags()),
+            *(f"--no-{f.name}" for f in self.flags() if f.opposite),
+        ]
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name != "--" and not any(option.startswith(name) for option in options):
+                near = difflib.get_close_matches(name, options, n=1)
+                advice = f"did you mean {near[0]}?" if near else "--help lists the flags"
+                parser.error(f"{name}: there is no such flag; {advice}")
+
+    def resolve(self, argv=None, typed=None):
+        """Settings of the command line, or of what was `typed` on it; see engine.resolve."""
+        return resolve(self, self.parse(argv) if typed is None else typed)
+
+
+class ShortParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of sixty flags."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser(command):
+    """A parser that keeps only what is typed, with help in groups."""
+    description, _, example = command.doc.partition("Example:")
+    positionals = [name_positional(flag) for flag in command.flags() if flag.positional]
+    parser = ShortParser(
+        prog=f"{command.name}.py",
+        usage=" ".join(["%(prog)s", *positionals, "[flags]"]),
+        description=description.strip(),
+        epilog=f"example:\n  {example.strip()}" if example else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    titles = {flag.group for flag in command.flags()}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS if title in titles}
+    for flag in command.flags():
+        add_flag(groups[flag.group], flag, describe_default(command, flag))
+    return parser
+
+
+def add_flag(group, flag, default):
+    """Add a row to a group of the parser; `default`: as help shows it."""
+    options = {"help": f"{flag.help} {default}".replace("%", "%%")}
+    if flag.positional:
+        options |= {"nargs": flag.nargs, "choices": flag.choices, "metavar": flag.metavar}
+        group.add_argument(flag.name, **options)
+        return
+    if flag.opposite:
+        options |= {"action": argparse.BooleanOptionalAction}
+    elif flag.switch:
+        options |= {"action": "store_true"}
+    else:
+        options |= {"type": as_argument(flag.type), "choices": flag.choices, "nargs": flag.nargs}
+        options |= {"metavar": flag.metavar or name_value(flag)}
+    group.add_argument(flag.option, dest=flag.dest, default=None, required=flag.required, **options)
+
+
+def name_positional(flag):
+    """A positional argument as usage shows it."""
+    name = flag.metavar or "{" + ",".join(flag.choices) + "}"
+    return name if flag.required else f"[{name}]"
+
+
+def name_value(flag):
+    """What help calls the value of a flag: N for whole numbers, X for others; None lists the choices."""
+    if flag.choices:
+        return None
+    kinds = {int: "N", float: "X"}
+    return kinds.get(type(as_list(flag.default)[0]), "VALUE")
+
+
+def as_argument(convert):
+    """A converter whose ValueError argparse shows as it is."""
+    if convert is None:
+        return None
 
     def checked(text):
         try:
@@ -21,181 +144,44 @@ def flag_type(convert):
     return checked
 
 
-def number(convert, low, high=None):
-    """A converter for numbers from `low` to `high`, both included."""
-
-    def checked(text):
-        value = convert(text)
-        if not (value >= low and (high is None or value <= high)):
-            raise ValueError(f"{text}: expected {low}{' or more' if high is None else f' to {high}'}")
-        return value
-
-    return flag_type(checked)
-
-
-def model_name(text):
-    model_config(text)
-    return text
-
-
-def integer_list(text):
-    """[0, 2, 4] or 0,2,4 -> list of int."""
-    try:
-        return [int(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
-    except ValueError:
-        raise ValueError(f"{text!r} is not a list of integers such as [0, 2, 4]") from None
+def describe_default(command, flag):
+    """The end of a row of help: for whom it is, and its default, of other families too."""
+    if flag.group == UNUSED:
+        return ""
+    if flag.required:
+        return "(required)"
+    if flag.dest == "precision":
+        return f"(default: {command.precision} on a GPU, fp32 on a CPU)"
+    default = (
+        ("on" if flag.default else "off")
+        if flag.switch or flag.opposite
+        else flag.shown or " ".join(map(str, as_list(flag.default)))
+    )
+    if flag.group == FAMILY:
+        owners = [family.name for family in FAMILIES.values() if flag in family.own_flags(command.kinds)]
+        return f"({', '.join(owners)}; default: {default})"
+    others = {family.name: family.defaults_for(command.name).get(flag.dest) for family in FAMILIES.values()}
+    shown = [f"{name}: {value}" for name, value in others.items() if value not in (None, flag.default)]
+    return f"(default: {'; '.join([default, *shown] if command.kinds is not None else [default])})"
 
 
-count, share, amount, part = number(int, 1), number(float, 0, 1), number(float, 0), number(float, 0.01, 1)
-
-FLAGS = {
-    "--model": dict(
-        type=flag_type(model_name), default="DiT-XL/2", help="network: a registered name, or e.g. DiT-D16/2"
-    ),
-    "--image-size": dict(type=count, default=256, help="height and width of the images, in pixels"),
-    "--num-classes": dict(type=count, default=1000, help="number of classes; the null class has this number"),
-    "--vae": dict(default="ema", help="autoencoder: ema or mse (hub), a local folder, or none to work on pixels"),
-    "--device": dict(default="auto", help="auto (GPU if there is one), cpu, cuda or cuda:N"),
-    "--precision": dict(choices=("fp32", "bf16", "fp16"), help="arithmetic of the network (default: see README)"),
-    "--data-path": dict(required=True, help="folder of encoded latents (from extract_features.py)"),
-    "--results-dir": dict(default="outputs", help="parent folder of run folders"),
-    "--prefix": dict(default="", help="first part of the run folder's name, PREFIX-MODEL"),
-    "--epochs": dict(type=count, default=1400, help="passes over the data"),
-    "--global-batch-size": dict(type=count, default=256, help="images per step over all processes"),
-    "--global-seed": dict(type=number(int, 0), default=0, help="seed of initial weights, data order and noise"),
-    "--num-workers": dict(type=number(int, 0), default=4, help="loader processes per training process"),
-    "--log-every": dict(type=count, default=100, help="steps between log lines"),
-    "--ckpt-every": dict(type=count, default=10000, help="steps between checkpoints"),
-    "--resume": dict(help="training state to continue from (default: the newest in the run folder)"),
-    "--load-weight": dict(help="weights to start from"),
-    "--ema-decay": dict(type=share, default=0.9999, help="decay per step of the averaged copy"),
-    "--mirror": dict(type=share, default=0.5, help="probability of taking the mirrored picture"),
-    "--lr": dict(type=amount, default=2e-4, help="learning rate of the first step"),
-    "--min-lr": dict(type=amount, default=1e-4, help="learning rate at the end of the cosine"),
-    "--weight-decay": dict(type=amount, default=0.0, help="weight decay of AdamW, of matrices only"),
-    "--betas": dict(type=share, nargs=2, default=[0.9, 0.999], help="averages of AdamW"),
-    "--warmup-epochs": dict(type=number(int, 0), default=0, help="epochs in which the learning rate rises from 0"),
-    "--clip-norm": dict(type=amount, default=1.0, help="largest gradient norm, over all parameters"),
-    "--ckpt": dict(help="weights, or the name of a published file, which is fetched if absent"),
-    "--save-model": dict(help="file for the pruned weights (.pt or .safetensors)"),
-    "--cfg-scale": dict(type=amount, default=4.0, help="guidance scale; up to 1 means no guidance"),
-    "--num-sampling-steps": dict(type=count, default=250, help="steps of the sampler"),
-    "--compile": dict(action="store_true", help="compile every block with torch.compile"),
-    "--grad-checkpointing": dict(
-        action="store_true", help="recompute activations in the backward: less memory, more time"
-    ),
-    "--grad-accumulation": dict(type=count, default=1, help="parts that each process's batch is computed in"),
-    "--seed": dict(type=number(int, 0), default=0, help="seed of noise and random choices"),
-    "--preview": dict(action="store_true", help="also sample a grid from the pruned network, as <save-model>.png"),
-    "--no-ema": dict(
-        action="store_true", help="take the plain weights of a training checkpoint, not the averaged ones"
-    ),
-}
-
-TRAINING_FLAGS = (
-    "data-path results-dir model image-size num-classes epochs global-batch-size global-seed vae num-workers "
-    "log-every ckpt-every resume load-weight prefix ema-decay clip-norm mirror precision device compile "
-    "grad-checkpointing grad-accumulation"
-)
-PRUNING_FLAGS = (
-    "model vae image-size num-classes cfg-scale num-sampling-steps seed ckpt no-ema save-model preview device"
-)
-SAMPLING_FLAGS = "model vae image-size num-classes cfg-scale num-sampling-steps ckpt no-ema precision device compile"
+def as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
-def make_parser(script, doc, flags, kinds="", **changes):
-    """A parser with the named rows of FLAGS and, of all families, the flags of some `kinds`, see families.Family.
-
-    script: its name, under which families have defaults of their own. changes: defaults instead of those of the table,
-    e.g. epochs=100 (None: as in the table).
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in flags.split():
-        row = dict(FLAGS[f"--{name}"])
-        dest = name.replace("-", "_")
-        if dest in changes:
-            row["default"] = changes.pop(dest)
-            row.pop("required", None)
-        others = {family.name: defaults_of(family, script).get(dest) for family in FAMILIES.values()}
-        if row.get("default") not in (None, ""):
-            known = [f"{family}: {value}" for family, value in others.items() if value not in (None, row["default"])]
-            row["help"] += f" (default: {'; '.join([str(row['default']), *known])})"
-        parser.add_argument(f"--{name}", **row)
-    assert not changes, changes
-    parser.set_defaults(script=script)
-    parser.families = add_family_flags(parser, kinds.split())
-    return parser
-
-
-def add_family_flags(parser, kinds):
-    """Add the flags that not all families have, with the default None; {flag: {family: its default there}}."""
-    found = {}
-    for family in FAMILIES.values():
-        for name, row in (flag for kind in kinds for flag in family.flags.get(kind, {}).items()):
-            dest = name.replace("-", "_")
-            if dest not in found:
-                owners = [f.name for f in FAMILIES.values() if any(name in f.flags.get(kind, {}) for kind in kinds)]
-                shown = f"; default: {row['default']}" if row["default"] not in (None, False) else ""
-                text = f"{row['help']} ({', '.join(owners)}{shown})"
-                flag = name if row.get("nargs") == "?" else f"--{name}"
-                given = {**row, "default": None, "help": text}
-                if "range" in row:
-                    given["type"] = number(row["type"], *given.pop("range"))
-                parser.add_argument(flag, **given)
-            found.setdefault(dest, {})[family.name] = row["default"]
-    return found
-
-
-def defaults_of(family, script):
-    """Defaults of shared flags that a family has for a script."""
-    return family.defaults.get("all", {}) | family.defaults.get(script, {})
-
-
-def add_unused(parser, **flags):
-    """Flags of the original that nothing ever read: accepted, and reported by `report_unused`."""
-    for dest, row in flags.items():
-        parser.add_argument("--" + dest.replace("_", "-"), **row, help="accepted for compatibility; has no effect")
-    parser.set_defaults(unused=list(flags))
-
-
-def parse(parser, argv, read_facts):
-    """Parse more than once: what the family of --model and the files on the command line tell are defaults.
-
-    read_facts(args) -> {flag: what the files tell}; the model it tells counts only if none is given.
-    """
-    args = parser.parse_args(argv)
-    parser.shared = {a.dest: a.default for a in parser._actions if a.dest not in {"help", *parser.families}}
-    told, family = {}, None
-    while family is not family_of(args.model):  # the files may tell a model of another one
-        family = family_of(args.model)
-        set_family_defaults(parser, family)
-        parser.set_defaults(**told)
-        told = read_facts(parser.parse_args(argv))
-        parser.set_defaults(**told)
-        args = parser.parse_args(argv)
-    for dest, owners in parser.families.items():
-        if family.name not in owners and getattr(args, dest) not in (None, False):
-            flag = "--" + dest.replace("_", "-") if dest != "mode" else getattr(args, dest)
-            parser.error(f"{flag}: is for {' and '.join(owners)}, but --model {args.model} is a {family.name}")
-    return args
-
-
-def set_family_defaults(parser, family):
-    known = {k: v for k, v in defaults_of(family, parser.get_default("script")).items() if k in parser.shared}
-    own = {dest: owners.get(family.name) for dest, owners in parser.families.items()}
-    parser.set_defaults(**{**parser.shared, **known, **own})
-
-
-def report_unused(args, argv=None):
-    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    for dest in args.unused:
-        flag = "--" + dest.replace("_", "-")
-        if flag in given and is_main():
-            print(f"note: {flag} has no effect", file=sys.stderr)
+def unused_flags(**defaults):
+    """Flags of the original that it never read: accepted, and reported as without effect. False: a switch."""
+    rows = []
+    for dest, default in defaults.items():
+        kind = int if isinstance(default, int) and default is not False else None
+        rows.append(
+            Flag(dest.replace("_", "-"), "no effect", default, type=kind, switch=default is False, group=UNUSED)
+        )
+    return tuple(rows)
 
 
 def launch(main, parse_args):
-    """Run a script: messages instead of tracebacks for what users can mend, and an orderly end of all processes."""
+    """Run a script: messages instead of tracebacks for what users can correct, and an orderly end of all processes."""
     try:
         main(parse_args())
     except (InputError, RunError) as error:
@@ -203,4 +189,7 @@ def launch(main, parse_args):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        shutdown()
+        if "torch" in sys.modules:
+            from engine.distributed import shutdown
+
+            shutdown()

@@ -4,6 +4,7 @@ import json
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from engine.checkpoint import told_by_weights, write_atomically
 from engine.distributed import world_size
 from engine.errors import InputError
-from engine.images import as_it_is
-from engine.vae import latent_size
-from families import family_of
+from engine.files import write_json
+from engine.images import keep_batch
 
 PENDING, DONE, CORRUPT = 0, 1, 2
 READ_AGAIN = "run extract_features.py on it again"
@@ -47,7 +46,7 @@ class LatentStore:
             for name, (shape, dtype) in shapes.items():
                 np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
             np.save(folder / "labels.npy", np.asarray(labels, np.int64))
-            write_atomically(target, lambda file: file.write_text(json.dumps(metadata, indent=1)))
+            write_json(target, metadata)
         return cls(folder, "r+")
 
 
@@ -58,20 +57,20 @@ class LatentDataset(Dataset):
     """
 
     def __init__(self, folder):
-        self.mapped = os.path.isfile(os.path.join(folder, "metadata.json"))
-        opened = _open_store(folder) if self.mapped else _open_published(folder)
-        self.metadata, self.images, self.labels, self.read = opened
+        self.folder, self.mapped = folder, os.path.isfile(os.path.join(folder, "metadata.json"))
+        self.source = MappedLatents(folder) if self.mapped else PublishedLatents(folder)
+        self.metadata, self.labels = self.source.metadata, self.source.labels
 
     def __len__(self):
-        return len(self.images)
+        return len(self.labels)
 
     def __getitems__(self, items, pin_memory=False):
         """Latents (N, C, h, w) float32 and labels (N,), read straight into pinned memory if a GPU will fetch them."""
         items = np.asarray(items)
-        positions = items // 2
+        images, versions = items // 2, items % 2
         x = torch.empty(len(items), *self.metadata["shape"], pin_memory=pin_memory)
-        self.read(self.images[positions], items % 2, out=x.numpy())
-        y = torch.from_numpy(self.labels[positions])
+        self.source.read(images, versions, out=x.numpy())
+        y = torch.from_numpy(self.labels[images])
         return x, y.pin_memory() if pin_memory else y
 
     def __getitem__(self, item):
@@ -79,116 +78,96 @@ class LatentDataset(Dataset):
         return x[0], y[0]
 
 
-def _open_store(folder):
-    try:
-        store = LatentStore(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--data-path {folder}: damaged latents ({error!r}); {READ_AGAIN}") from None
-    n, found = len(store.labels), (store.features.shape, store.features.dtype)
-    if not (len(store.status) == n and found == ((n, 2, *store.shape), np.float32)):
-        raise InputError(f"--data-path {folder}: features, labels and metadata do not match; {READ_AGAIN}")
-    pending = int((store.status == PENDING).sum())
-    if pending:
-        raise InputError(
-            f"--data-path {folder}: {pending} of {len(store.status)} images are not encoded yet; {READ_AGAIN}"
-        )
-    images = np.flatnonzero(store.status == DONE)
-    rows = store.features.reshape(-1, *store.shape)  # a view, in the order of 2 * image + version
+class MappedLatents:
+    """Our layout: `labels` of the images that were encoded, and `read` of their latents."""
 
-    def read(images, versions, out):
-        np.take(rows, 2 * images + versions, axis=0, out=out, mode="clip")  # "raise" would copy everything twice
+    def __init__(self, folder):
+        try:
+            store = LatentStore(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--data-path {folder}: damaged latents ({error!r}); {READ_AGAIN}") from None
+        n, found = len(store.labels), (store.features.shape, store.features.dtype)
+        if not (len(store.status) == n and found == ((n, 2, *store.shape), np.float32)):
+            raise InputError(f"--data-path {folder}: features, labels and metadata do not match; {READ_AGAIN}")
+        pending = int((store.status == PENDING).sum())
+        if pending:
+            raise InputError(
+                f"--data-path {folder}: {pending} of {len(store.status)} images are not encoded yet; {READ_AGAIN}"
+            )
+        self.metadata, self.rows_of = store.metadata, np.flatnonzero(store.status == DONE)
+        self.labels = np.array(store.labels[self.rows_of])
+        self.rows = store.features.reshape(-1, *store.shape)  # a view, in the order of 2 * image + version
 
-    return store.metadata, images, np.array(store.labels[images]), read
+    def read(self, images, versions, out):
+        """Write the latents of these images, in these versions, to `out` (N, C, h, w)."""
+        rows = 2 * self.rows_of[images] + versions
+        np.take(self.rows, rows, axis=0, out=out, mode="clip")  # "raise" would copy everything twice
 
 
-def _open_published(folder):
+class PublishedLatents:
     """The original's layout: <any>_features/<n>.npy of (1 or 2, C, h, w) and <any>_labels/<n>.npy of (1,)."""
-    found = {kind: next(Path(folder).glob(f"*_{kind}"), None) for kind in ("features", "labels")}
-    if None in found.values():
-        raise InputError(f"--data-path {folder}: no latents (metadata.json or *_features and *_labels); {READ_AGAIN}")
-    files = {kind: {f.stem: f for f in path.glob("*.npy")} for kind, path in found.items()}
-    unpaired = sorted(set(files["features"]) ^ set(files["labels"]))
-    if unpaired or not files["features"]:
-        detail = f"{unpaired[0]}.npy is in one of *_features and *_labels only" if unpaired else "no files"
-        raise InputError(f"--data-path {folder}: {detail}; {READ_AGAIN}")
-    names = sorted(files["features"], key=lambda name: (len(name), name))
-    try:
-        labels = np.array([int(np.load(files["labels"][name]).reshape(-1)[0]) for name in names])
-        looked_at = names[:: max(1, len(names) // 100)]  # opening all of a million files would take minutes
-        shapes = {np.load(files["features"][name], mmap_mode="r").shape[1:] for name in looked_at}
-    except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"--data-path {folder}: damaged latents ({error}); {READ_AGAIN}") from None
-    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
-        raise InputError(f"--data-path {folder}: expected files of (2, C, h, w), found {shapes}; {READ_AGAIN}")
 
-    def read(images, versions, out):
-        pictures = (np.load(files["features"][names[i]], mmap_mode="r") for i in images)
-        chosen = [pair[min(version, len(pair) - 1)] for pair, version in zip(pictures, versions, strict=True)]
-        np.stack(chosen, out=out)
+    def __init__(self, folder):
+        found = {kind: next(Path(folder).glob(f"*_{kind}"), None) for kind in ("features", "labels")}
+        if None in found.values():
+            raise InputError(
+                f"--data-path {folder}: no latents (metadata.json or *_features and *_labels); {READ_AGAIN}"
+            )
+        self.files, labels = ({file.stem: file for file in path.glob("*.npy")} for path in found.values())
+        unpaired = sorted(set(self.files) ^ set(labels))
+        if unpaired or not self.files:
+            detail = f"{unpaired[0]}.npy is in one of *_features and *_labels only" if unpaired else "no files"
+            raise InputError(f"--data-path {folder}: {detail}; {READ_AGAIN}")
+        self.names = sorted(self.files, key=lambda name: (len(name), name))
+        try:
+            self.labels = np.array([int(np.load(labels[name]).reshape(-1)[0]) for name in self.names])
+            looked_at = self.names[:: max(1, len(self.names) // 100)]  # opening all of a million files takes minutes
+            shapes = {np.load(self.files[name], mmap_mode="r").shape[1:] for name in looked_at}
+        except (OSError, ValueError, IndexError) as error:
+            raise InputError(f"--data-path {folder}: damaged latents ({error}); {READ_AGAIN}") from None
+        if len(shapes) > 1 or len(next(iter(shapes))) != 3:
+            raise InputError(f"--data-path {folder}: expected files of (2, C, h, w), found {shapes}; {READ_AGAIN}")
+        self.metadata = {"shape": list(shapes.pop())}
 
-    return {"shape": list(shapes.pop())}, np.arange(len(names)), labels, read
+    def read(self, images, versions, out):
+        """Write the latents of these images, in these versions, to `out` (N, C, h, w)."""
+        for row, image, version in zip(out, images, versions, strict=True):
+            pair = np.load(self.files[self.names[image]], mmap_mode="r")
+            row[:] = pair[min(version, len(pair) - 1)]
 
 
-def told_by_latents(folder, told=None):
-    """Settings that encoded latents tell (image_size, num_classes, vae), joined to what the weights told.
+def open_latents(folder, space):
+    """The latents of a folder, checked against the engine.vae.LatentSpace they should be of.
 
-    The latents know best how they were made; the weights, how many classes there are: data may hold only some of them.
+    Raises InputError for damaged or unfinished ones, another size, or labels that are not classes.
     """
-    told = dict(told or {})
-    try:
-        metadata = json.loads((Path(folder) / "metadata.json").read_text())
-        told |= {name: metadata[name] for name in ("image_size", "vae")}
-        told.setdefault("num_classes", metadata["num_classes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the original's layout tells nothing; a damaged file is reported when the latents are opened
-    return told
-
-
-def told_by_inputs(args):
-    """Settings for `engine.cli.parse` that --data-path and --load-weight tell."""
-    return told_by_latents(args.data_path, told_by_weights(args.load_weight, "--load-weight", args.vae))
-
-
-def check_latents(dataset, args, size):
-    """Raise InputError unless the latents are square of `size` and their labels are classes; returns their channels."""
-    channels, *space = dataset.metadata["shape"]
-    if space != [size, size]:
+    dataset = LatentDataset(folder)
+    height, width = dataset.metadata["shape"][1:]
+    if (height, width) != (space.size, space.size):
         raise InputError(
-            f"--image-size {args.image_size}: needs latents of {size}x{size} with --vae {args.vae}, but "
-            f"--data-path {args.data_path} has {space[0]}x{space[1]}"
+            f"--image-size {space.image_size}: needs latents of {space.size}x{space.size} with --vae {space.vae}, but "
+            f"--data-path {folder} has {height}x{width}"
         )
     highest, lowest = int(dataset.labels.max()), int(dataset.labels.min())
-    if highest >= args.num_classes or lowest < 0:
+    if highest >= space.num_classes or lowest < 0:
         raise InputError(
-            f"--num-classes {args.num_classes}: --data-path {args.data_path} has labels {lowest}..{highest}, "
-            f"expected 0..{args.num_classes - 1}; give --num-classes {highest + 1} or other data"
+            f"--num-classes {space.num_classes}: --data-path {folder} has labels {lowest}..{highest}, "
+            f"expected 0..{space.num_classes - 1}; give --num-classes {highest + 1} or other data"
         )
-    return channels
+    return dataset
 
 
-def open_latents(args):
-    """The latents of --data-path, checked against the flags, and the network arguments that they ask for."""
-    size = latent_size(args, family_of(args.model).latents)
-    dataset = LatentDataset(args.data_path)
-    check_batch(len(dataset), args.global_batch_size, world_size(), args.grad_accumulation)
-    channels = check_latents(dataset, args, size)
-    config = {"input_size": size, "num_classes": args.num_classes}
-    return dataset, config | {"in_channels": network_channels(channels, family_of(args.model).latents)}
-
-
-def network_channels(stored, latents):
+def network_channels(dataset, space):
     """Channels that the network works on: half of the stored ones if these are moments."""
-    return stored // 2 if latents.moments and stored == 2 * latents.channels else stored
+    stored = dataset.metadata["shape"][0]
+    is_moments = space.latents.moments and stored == 2 * space.latents.channels
+    return stored // 2 if is_moments else stored
 
 
-def check_batch(n, batch, world, parts=1):
-    """Raise InputError unless the global batch divides by the processes and their parts, and the data fill one."""
-    if batch % world:
-        raise InputError(f"--global-batch-size {batch}: not divisible by {world} processes; take a multiple")
-    if batch // world % parts:
-        raise InputError(f"--grad-accumulation {parts}: {batch // world} images a process do not divide by it")
-    if n < batch:
-        raise InputError(f"--global-batch-size {batch}: larger than the data ({n} images); take {n} or less")
+def network_config(dataset, space):
+    """Constructor arguments of a network for these latents."""
+    channels = network_channels(dataset, space)
+    return {"input_size": space.size, "num_classes": space.num_classes, "in_channels": channels}
 
 
 class BatchOrder:
@@ -227,17 +206,53 @@ def read_ahead(read, order, depth=2):
             yield ready.popleft().result()
 
 
-def latent_loader(dataset, args, run, steps):
-    """Batches (x, y) of this process for the given range of steps, read while the step before them is computed.
+@dataclass(frozen=True)
+class TrainingData:
+    """Latents, and how a run goes through them; the fields but `dataset` are settings of these names.
 
-    By --num-workers processes if every image is a file. Sending a batch between processes takes longer than copying it
-    out of a memory map: there, one thread does it for any number of workers, and with none the caller itself.
+    Raises InputError, when it is made, unless the global batch divides by processes and parts and the data fill one.
     """
-    order = BatchOrder(len(dataset), args.global_batch_size, args.global_seed, args.mirror, steps, run.rank, run.world)
-    pin_memory = run.device.type == "cuda"
-    if dataset.mapped:
-        read = partial(dataset.__getitems__, pin_memory=pin_memory)
-        return read_ahead(read, order) if args.num_workers else map(read, order)
-    return DataLoader(
-        dataset, batch_sampler=order, collate_fn=as_it_is, num_workers=args.num_workers, pin_memory=pin_memory
-    )
+
+    dataset: LatentDataset
+    epochs: int
+    global_batch_size: int
+    global_seed: int = 0
+    mirror: float = 0.5
+    num_workers: int = 0
+    grad_accumulation: int = 1
+
+    def __post_init__(self):
+        n, batch, world, parts = len(self.dataset), self.global_batch_size, world_size(), self.grad_accumulation
+        if batch % world:
+            raise InputError(f"--global-batch-size {batch}: not divisible by {world} processes; take a multiple")
+        if batch // world % parts:
+            raise InputError(f"--grad-accumulation {parts}: {batch // world} images a process do not divide by it")
+        if n < batch:
+            raise InputError(f"--global-batch-size {batch}: larger than the data ({n} images); take {n} or less")
+
+    @property
+    def steps_per_epoch(self):
+        return len(self.dataset) // self.global_batch_size
+
+    @property
+    def total_steps(self):
+        return self.epochs * self.steps_per_epoch
+
+    def batches(self, steps, rank=0, world=1, pin_memory=False):
+        """Batches (x, y) of this process for a range of steps, read while the step before them is computed.
+
+        By `num_workers` processes if every image is a file. Sending a batch between processes takes longer than copying
+        it out of a memory map: there, one thread does it for any number of workers, and with none the caller itself.
+        """
+        batch, seed, mirror = self.global_batch_size, self.global_seed, self.mirror
+        order = BatchOrder(len(self.dataset), batch, seed, mirror, steps, rank, world)
+        if self.dataset.mapped:
+            read = partial(self.dataset.__getitems__, pin_memory=pin_memory)
+            return read_ahead(read, order) if self.num_workers else map(read, order)
+        return DataLoader(
+            self.dataset,
+            batch_sampler=order,
+            collate_fn=keep_batch,
+            num_workers=self.num_workers,
+            pin_memory=pin_memory,
+        )

@@ -14,7 +14,7 @@ class RunError(RuntimeError):
 
 
 @contextmanager
-def blame(flag, value):
+def flag_errors(flag, value):
     """Turn a ValueError of code that knows no flags into an InputError that names the flag and its value."""
     try:
         yield

@@ -4,32 +4,39 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from engine.checkpoint import write_atomically
 from engine.errors import InputError
+from engine.files import PICTURE_SUFFIXES, is_picture, write_atomically
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+class PictureList(NamedTuple):
+    """Pictures of a folder: their paths and class numbers, and the names of the classes."""
+
+    paths: list
+    labels: list
+    classes: list
 
 
 def list_images(folder, flag="--data-path"):
-    """Images in one subfolder per class: ([paths], [class numbers], [class names]), all in sorted order."""
+    """The PictureList of a folder with one subfolder per class, all in sorted order."""
     folder = Path(folder)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise InputError(
-            f"{flag} {folder}: no images; expected one subfolder per class with {', '.join(SUFFIXES)} files"
+            f"{flag} {folder}: no images; expected one subfolder per class with {', '.join(PICTURE_SUFFIXES)} files"
         )
-    return paths, labels, classes
+    return PictureList(paths, labels, classes)
 
 
 def center_crop(image, size):
@@ -48,7 +55,7 @@ def load_pixels(path, size):
         with Image.open(path) as image:
             pixels = np.asarray(center_crop(image.convert("RGB"), size))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"corrupt image {path}: {error}; mend or remove it") from None
+        raise ValueError(f"corrupt image {path}: {error}; repair or remove it") from None
     return torch.from_numpy(pixels.copy())
 
 
@@ -62,8 +69,8 @@ def load_image(path, size):
     return from_uint8(load_pixels(path, size))
 
 
-def as_it_is(batch):
-    """What `__getitems__` of a data set made of a whole batch; for DataLoader, which sends functions by name."""
+def keep_batch(batch):
+    """A collate_fn for data sets whose `__getitems__` makes whole batches; DataLoader sends functions by name."""
     return batch
 
 
@@ -92,7 +99,7 @@ def picture_loader(paths, size, batches, workers, device):
     return DataLoader(
         Pictures(paths, size),
         batch_sampler=batches,
-        collate_fn=as_it_is,
+        collate_fn=keep_batch,
         num_workers=min(workers, len(batches), os.cpu_count() or 1),
         pin_memory=device.type == "cuda",
     )
@@ -123,8 +130,8 @@ def save_grid(path, images, columns=4, gap=2):
 
 def numbered_images(folder):
     """The pictures of a folder in the order of the numbers in their names."""
-    found = [f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
-    return sorted(found, key=lambda f: ([int(part) for part in re.findall(r"\d+", f.stem)], f.name))
+    found = [file for file in Path(folder).iterdir() if is_picture(file)]
+    return sorted(found, key=lambda file: ([int(part) for part in re.findall(r"\d+", file.stem)], file.name))
 
 
 def pack_npz(path, files, flag, labels=None):

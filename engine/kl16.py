@@ -1,13 +1,8 @@
 """MAR's autoencoder (KL-16): published weights with the names of latent-diffusion, as a diffusers AutoencoderKL."""
 
-import os
 import re
-from pathlib import Path
 
 import torch
-
-from engine.checkpoint import download, read_weights
-from engine.errors import blame
 
 LAST_LEVEL = 4  # of five; the decoder counts its levels from the other end
 RENAMINGS = [  # applied in this order
@@ -61,13 +56,6 @@ def build_kl16(state):
     wrong = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
     if wrong:
         key = min(wrong)
-        raise ValueError(f"no weights of KL-16: {key} has shape {found.get(key)}, expected {expected.get(key)}")
+        raise ValueError(f"not the weights of KL-16: {key} has shape {found.get(key)}, expected {expected.get(key)}")
     vae.load_state_dict(renamed, assign=True)
     return vae
-
-
-def load_kl16(source):
-    """KL-16 from a file (.ckpt, .pt, .safetensors) or a URL, which is fetched once into torch's cache."""
-    path = source if os.path.isfile(source) else download(source, Path(source).name, "--vae")
-    with blame("--vae", path):
-        return build_kl16(read_weights(path, "--vae"))

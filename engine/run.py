@@ -1,27 +1,16 @@
-"""A run: processes, device, precision, seeds, and a folder with config.json, log.txt and metrics.jsonl."""
+"""A running script: its processes, device, precision and seed, and what these do to a network."""
 
-import json
-import logging
-import os
-import re
-import resource
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from engine import distributed
-from engine.checkpoint import read_file, write_atomically
-from engine.errors import InputError, check_folder
-from families import block_stacks
+from pruning.gates import block_stacks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Flags that may change when the same command resumes a run: they do not change its numbers.
-FREE_FLAGS = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "unused", "compile"}
-FREE_FLAGS |= {"grad_checkpointing"}
 
 
 def seed_everything(*parts):
@@ -30,13 +19,18 @@ def seed_everything(*parts):
 
 
 def peak_memory(device):
-    """Largest memory so far of this process, in GB: of the GPU if it runs on one, else resident."""
+    """Largest memory so far of this process in GB: of the GPU if it runs on one, else resident; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def hold_frozen(net, precision):
+def cast_frozen_weights(net, precision):
     """Hold the matrices of `net` that are not trained in the dtype that autocast would cast them to at every call.
 
     The results are the same; the casts and half of the memory are saved.
@@ -49,112 +43,60 @@ def hold_frozen(net, precision):
 
 
 class Run:
-    """Processes, device and precision of a script; `open_folder` adds a folder for what it writes.
+    """Processes, device and precision of a script.
 
-    one_thread: on a CPU, compute with one thread per process, so that the last bits do not depend on how many threads a
-    launcher grants; scripts whose output must not depend on the process count ask for it.
+    precision: None takes `default_precision` on a GPU and fp32 on a CPU. seed: of all generators, now. tf32: allow TF32
+    matrix products on a GPU. one_thread: on a CPU, compute with one thread per process, so that the last bits do not
+    depend on how many threads a launcher grants; for scripts whose output must not depend on the process count.
     """
 
-    def __init__(self, args, default_precision="fp32", one_thread=False):
-        self.device = distributed.start_processes(args.device)
+    def __init__(self, device="auto", precision=None, seed=0, *, default_precision="fp32", tf32=True, one_thread=False):
+        self.device = distributed.start_processes(device)
         if one_thread and self.device.type == "cpu":
             torch.set_num_threads(1)
         self.rank, self.world, self.is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
         # What the original computes in needs a GPU to be worth it: without one the default is fp32.
         on_gpu = self.device.type == "cuda"
-        self.precision = getattr(args, "precision", None) or (default_precision if on_gpu else "fp32")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = getattr(args, "tf32", True)
-        self.args, self.folder, self.logger = args, None, None
-        self.seed = getattr(args, "global_seed", getattr(args, "seed", 0))
-        seed_everything(self.seed)
+        self.precision = precision or (default_precision if on_gpu else "fp32")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        self.seed = seed
+        seed_everything(seed)
+
+    @property
+    def pins_memory(self):
+        """Whether batches should be read into pinned memory, from where a GPU fetches them."""
+        return self.device.type == "cuda"
 
     def autocast(self):
+        """The context in which networks compute."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
-    def compile(self, net):
-        """Compile every block of a network, if --compile asks for it; names and weights stay as they are."""
-        args = self.args
-        for stack in block_stacks(net) if getattr(args, "compile", False) else ():
-            for block in stack:
-                block.compile()
-
     def freeze(self, net):
         """Prepare a network that is not trained at all, such as a teacher."""
-        return hold_frozen(net.eval().requires_grad_(False), self.precision)
+        return cast_frozen_weights(net.eval().requires_grad_(False), self.precision)
 
     def print(self, text):
+        """Print from the main process."""
         if self.is_main:
             print(text, flush=True)
 
-    def open_folder(self):
-        """Make or reopen <results>/<prefix>-<model> and the log in it.
 
-        Raises InputError if the folder belongs to a run with other settings, unless --resume is given.
-        """
-        args = self.args
-        if args.resume and "train_steps" not in read_file(args.resume, "--resume"):
-            raise InputError(f"--resume {args.resume}: no training state; take a file of a run folder's checkpoints")
-        self.folder = Path(run_folder(args))
-        check_folder("--results-dir", self.folder / "checkpoints")
-        config = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-        config = json.loads(json.dumps(config, default=str))
-        if not args.resume:
-            check_same_config(self.folder / "config.json", config)
-        self.config = config
-        distributed.barrier()
-        if self.is_main:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1)))
-            self.logger = logging.getLogger(str(self.folder))
-            self.logger.setLevel(logging.INFO)
-            self.logger.propagate = False
-            self.logger.handlers.clear()
-            for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "log.txt")):
-                handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-                self.logger.addHandler(handler)
-            self.log(f"command: {' '.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}")
-            self.log(f"{self.world} process(es), {self.device.type}, {self.precision}, folder {self.folder}")
-        distributed.barrier()
-
-    def log(self, text):
-        if self.logger:
-            self.logger.info(text)
-
-    def newest_state(self):
-        """The training state to continue from: --resume, else the newest in the folder, else None."""
-        if self.args.resume:
-            return Path(self.args.resume)
-        found = [f for f in self.folder.glob("checkpoints/*.pt") if re.fullmatch(r"\d{7,}", f.stem)]
-        return max(found, key=lambda f: int(f.stem), default=None)
-
-    def write_metrics(self, row):
-        if self.is_main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def drop_metrics_after(self, step):
-        """Forget the rows of steps that a resumed run makes again."""
-        path = self.folder / "metrics.jsonl"
-        if self.is_main and path.exists():
-            rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_atomically(path, lambda file: file.write_text("".join(row + "\n" for row in rows)))
+def checkpoint_blocks(net):
+    """Recompute the activations of every block in the backward instead of keeping them."""
+    for stack in block_stacks(net):
+        stack.checkpointing = True
 
 
-def run_folder(args):
-    return os.path.join(args.results_dir, "-".join(filter(None, [args.prefix, args.model.replace("/", "-")])))
+def compile_blocks(net, backend="inductor"):
+    """Compile a network block by block; names and weights stay as they are.
 
-
-def check_same_config(path, config):
-    """Raise InputError if `path` records a run with other settings."""
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())
-    different = [name for name in sorted(old) if old[name] != config.get(name)]  # flags added since have no old value
-    if different:
-        flag = "--" + different[0].replace("_", "-")
-        raise InputError(
-            f"--results-dir and --prefix: {path.parent} holds a run with {flag} {old.get(different[0])}, now it is "
-            f"{config.get(different[0])}; take another --prefix, or repeat the old command to resume"
-        )
+    In a gated network the number of samples changes with every layer and step: its graphs take any number at once,
+    instead of one after another until torch's limit of recompilations is reached.
+    """
+    keep_graph_order = getattr(torch._C._dynamo.eval_frame, "_set_lru_cache", None)
+    if keep_graph_order:  # or a checkpointed block may be recomputed by another graph than that of its forward
+        keep_graph_order(False)
+    for block in net.blocks_to_compile():
+        block.compile(backend=backend, dynamic=True if hasattr(net, "gumbel_gates") else None)

@@ -1,33 +1,58 @@
-"""Between pictures and latents: a Stable Diffusion autoencoder, or nothing at all (`--vae none`)."""
+"""Between pictures and latents: the autoencoder that --vae names, or nothing at all (`--vae none`)."""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.errors import InputError
+from engine.checkpoint import read_weights
+from engine.errors import InputError, flag_errors
+from engine.files import download
+from families.family import Latents
 
 
-def encode_pictures(codec, run, pictures, draws):
-    """Latents (n, 2, C, h, w) float32 of pictures (n, 3, H, W) in [-1, 1] and of their mirrors, in run's precision.
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a network works on: pictures of image_size pixels as latents of an autoencoder, in num_classes classes.
 
-    draws: an `ImageDraws` of the n images; each takes the noise of its picture first, then that of the mirror.
+    vae: the value of --vae. latents: those of the family. Raises InputError, when it is made, for an autoencoder that
+    is not there or cannot make latents of such pictures.
     """
-    # On a CPU one at a time, which stays in the caches; the bytes do not depend on the batch then.
-    together = 1 if run.device.type == "cpu" else 2 * len(pictures)
-    pictures = torch.cat([pictures, pictures.flip(-1)])
-    noise = torch.cat([draws.noise(), draws.noise()])
-    with run.autocast():
-        parts = zip(pictures.split(together), noise.split(together), strict=True)
-        latents = torch.cat([codec.encode(*part).float() for part in parts])
-    return latents.unflatten(0, (2, -1)).transpose(0, 1)
+
+    image_size: int
+    vae: str
+    num_classes: int
+    latents: Latents
+
+    def __post_init__(self):
+        check_vae(self.vae, self.latents)
+        factor = shrink_factor(self.vae, self.latents)
+        if self.image_size % factor:
+            raise InputError(f"--image-size {self.image_size}: expected a multiple of {factor}, by which --vae shrinks")
+
+    @property
+    def size(self):
+        """Height and width of the latents."""
+        return self.image_size // shrink_factor(self.vae, self.latents)
+
+    def load_codec(self, device, channels_last=False):
+        """The families.protocols.Codec; channels_last: see AutoencoderCodec.
+
+        Raises InputError if it cannot be loaded.
+        """
+        if self.vae == "none":
+            return Pixels()
+        vae = load_autoencoder(self.vae, self.latents)
+        return AutoencoderCodec(vae.to(device).eval().requires_grad_(False), self.latents, channels_last)
 
 
 class Pixels:
     """No autoencoder: the network works on the pixels themselves."""
 
     channels = stored_channels = 3
+    scale = 1.0
 
     def encode(self, images, noise):
         return images
@@ -36,7 +61,6 @@ class Pixels:
         return latents
 
     def noise_shape(self, size):
-        """Shape of the noise that encoding one picture of this size takes."""
         return (0,)
 
 
@@ -72,49 +96,58 @@ class AutoencoderCodec:
 
 def shrink_factor(name, latents):
     """Pixels per latent, along one side: of the family's autoencoder, of the one in a local folder, or 1 for none."""
-    if name == "none" or name in latents.hub or os.path.isfile(name):
-        return 1 if name == "none" else latents.factor
+    if name == "none":
+        return 1
+    if name in latents.hub or os.path.isfile(name):
+        return latents.factor
     try:
         return 2 ** (len(json.loads((Path(name) / "config.json").read_text())["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError):
         raise InputError(f"--vae {name}: no config.json of a diffusers AutoencoderKL; expected such a folder") from None
 
 
-def latent_size(args, latents):
-    """Height and width of the latents of --image-size; raises InputError if the autoencoder cannot make them."""
-    check_vae(args.vae, latents)
-    factor = shrink_factor(args.vae, latents)
-    if args.image_size % factor:
-        raise InputError(f"--image-size {args.image_size}: expected a multiple of {factor}, by which --vae shrinks")
-    return args.image_size // factor
-
-
 def check_vae(name, latents):
-    """Raise InputError unless --vae is a known short name, none or a folder."""
-    kl16 = os.path.isfile(name) and latents.moments
-    if name != "none" and name not in latents.hub and not os.path.isdir(name) and not kl16:
+    """Raise InputError unless --vae is a known short name, none, a folder or, for MAR, a file."""
+    is_kl16_file = os.path.isfile(name) and latents.moments
+    if name != "none" and name not in latents.hub and not os.path.isdir(name) and not is_kl16_file:
         expected = ", ".join([*latents.hub, "none"])
         raise InputError(
             f"--vae {name}: no such folder; expected {expected} or a folder with a diffusers AutoencoderKL"
         )
 
 
-def load_codec(name, latents, device, channels_last=False):
-    """The codec for --vae: `name` is a short name of the family's `latents.hub`, a local folder, or "none"."""
-    check_vae(name, latents)
-    if name == "none":
-        return Pixels()
+def load_autoencoder(name, latents):
+    """The AutoencoderKL for --vae: from the hub, a local folder, or a file or URL of KL-16."""
     source = latents.hub.get(name, name)
-    if os.path.isfile(source) or source.startswith("https://"):
-        from engine.kl16 import load_kl16
+    if source.startswith("https://"):
+        with flag_errors("--vae", name):
+            source = str(download(source, Path(torch.hub.get_dir()) / "checkpoints" / Path(source).name))
+    if os.path.isfile(source):
+        from engine.kl16 import build_kl16
 
-        return AutoencoderCodec(load_kl16(source).to(device).eval().requires_grad_(False), latents, channels_last)
+        with flag_errors("--vae", source):
+            return build_kl16(read_weights(source, "--vae"))
     from diffusers.models import AutoencoderKL  # slow to import, and not needed for pixels
 
     try:
         # The other way of loading needs the package accelerate, and says so at length.
-        vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+        return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--vae {name}: cannot load {source} ({reason}); give a local folder") from None
-    return AutoencoderCodec(vae.to(device).eval().requires_grad_(False), latents, channels_last)
+
+
+def encode_pictures(codec, run, pictures, draws):
+    """Latents (n, 2, C, h, w) float32 of pictures (n, 3, H, W) in [-1, 1] and of their mirrors, in run's precision.
+
+    draws: an engine.sampling.ImageDraws of the n images; each takes the noise of its picture first, then that of the
+    mirror.
+    """
+    # On a CPU one at a time, which stays in the caches; the bytes do not depend on the batch then.
+    together = 1 if run.device.type == "cpu" else 2 * len(pictures)
+    pictures = torch.cat([pictures, pictures.flip(-1)])
+    noise = torch.cat([draws.start_noise(), draws.start_noise()])
+    with run.autocast():
+        parts = zip(pictures.split(together), noise.split(together), strict=True)
+        latents = torch.cat([codec.encode(*part).float() for part in parts])
+    return latents.unflatten(0, (2, -1)).transpose(0, 1)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+from engine.files import PICTURE_SUFFIXES
+
 OPAQUE = {"RGB", "L", "P", "1", "CMYK", "YCbCr"}  # modes that turn into RGB without a choice
 ZIP = "not an .npz file (a zip archive)"
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
@@ -65,7 +66,7 @@ class NpzImages:
 
     def __init__(self, path):
         self.path, self.files, self.whole, self.n, self.size = path, [path], None, 0, (None, None)
-        with _mend(path, ZIP), zipfile.ZipFile(path) as archive:
+        with _damage_errors(path, ZIP), zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
             self.statistics = _read_statistics(archive, path) if "mu.npy" in names else {}
             if "arr_0.npy" in names:
@@ -94,7 +95,7 @@ class NpzImages:
         if self.whole is not None:
             yield from (np.ascontiguousarray(self.whole[i : min(i + size, stop)]) for i in range(start, stop, size))
             return
-        with _mend(self.path, ZIP), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+        with _damage_errors(self.path, ZIP), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             member.seek(self.offset + start * int(np.prod(shape)))
             for i in range(start, stop, size):
                 batch = np.empty((min(size, stop - i), *shape), np.uint8)
@@ -111,12 +112,12 @@ class FolderImages:
     statistics = {}  # noqa: RUF012
 
     def __init__(self, path):
-        self.path, self.files, self.lossy, self.size = path, _below(path, SUFFIXES), False, None
+        self.path, self.files, self.lossy, self.size = path, _below(path, PICTURE_SUFFIXES), False, None
         self.n = len(self.files)
         if not self.files:
-            raise ValueError(f"{path}: no images; expected {', '.join(sorted(SUFFIXES))} files, or .npz files")
+            raise ValueError(f"{path}: no images; expected {', '.join(sorted(PICTURE_SUFFIXES))} files, or .npz files")
         for file in self.files:
-            with _mend(file, "no picture"), Image.open(file) as image:
+            with _damage_errors(file, "not a picture"), Image.open(file) as image:
                 mode, size, kind = image.mode, (image.height, image.width), image.format
                 opaque = mode in OPAQUE and "transparency" not in image.info
             self.lossy |= kind == "JPEG"
@@ -200,7 +201,7 @@ def _read_statistics(archive, path):
 
 
 @contextmanager
-def _mend(path, kind):
+def _damage_errors(path, kind):
     """Turn what zipfile, numpy and Pillow raise for damaged files into a ValueError that names the file."""
     try:
         yield
@@ -212,7 +213,7 @@ def _mend(path, kind):
 
 def _read_pixels(file):
     """One picture as an array (height, width, 3) uint8."""
-    with _mend(file, "no picture"), Image.open(file) as image:
+    with _damage_errors(file, "not a picture"), Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -1,14 +1,15 @@
 """The protocol: features of two sets of images, streamed and shared among processes, and the numbers they give."""
 
-import json
 import os
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from engine.files import write_atomically
 from evaluation.batches import STATISTICS, digest
 from evaluation.metrics import (
     FeatureStatistics,
@@ -22,7 +23,7 @@ METRICS = ("is", "fid", "sfid", "pr")
 LABELS = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 TAPS = {"fid": ("pool", "mu", "sigma"), "sfid": ("spatial", "mu_s", "sigma_s")}  # metric: features, mean, covariance
-PUBLISHED, FEW = 50_000, 2_048  # samples behind published numbers; fewer than FEW make covariances singular
+PUBLISHED, FEW = 50_000, 2_048  # samples of published numbers; fewer than FEW make covariances singular
 
 
 class Extractor:
@@ -88,7 +89,7 @@ def check(images, metrics, is_sample):
             raise ValueError(f"{few}, {name} needs {needs[name]} images or more{advice}")
 
 
-def doubts(reference, sample, metrics, rule="adm"):
+def list_warnings(reference, sample, metrics, rule="adm"):
     """Reasons why numbers are not comparable with published ones, as sentences."""
     found = []
     if "pr" in metrics and rule != "adm":
@@ -181,7 +182,12 @@ def read_cache(path):
 
 def save_arrays(path, arrays):
     """Write an .npz file; nobody sees half of it."""
-    _write(path, lambda file: np.savez(file, **arrays))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # np.savez would add a suffix to a path
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
 
 
 def save_stats(path, found):
@@ -189,14 +195,10 @@ def save_stats(path, found):
     save_arrays(path, {key: found[key] for key in STATISTICS})
 
 
-def save_json(path, values):
-    _write(path, lambda file: file.write(json.dumps(values, indent=1).encode() + b"\n"))
-
-
 def compare(reference, sample, metrics, rule="adm"):
     """Yields (name, number) in the order of the protocol, from two dicts of features and statistics.
 
-    Their entry `few` tells that the rows behind the statistics are there, and fewer than a covariance needs.
+    Their entry `few` tells that the rows of the statistics are there, and fewer than a covariance needs.
     """
     if "is" in metrics:
         yield "is", inception_score(sample.pop("logits"))
@@ -217,30 +219,43 @@ def latex(numbers):
     return " & ".join(f"{value:.{4 if name in ('precision', 'recall') else 2}f}" for name, value in numbers.items())
 
 
-def evaluate(reference, sample, extractor, metrics=METRICS, rule="adm", batch_size=64, cache_dir=None, stats_to=None):
-    """Print the lines of the protocol and return {name: number}; in other processes than the main one, None.
+@dataclass(frozen=True)
+class Options:
+    """What is computed, and how; settings of evaluator.py have these names.
 
-    stats_to: a file for the statistics of the sample.
+    pr_dtype: rule of the distances of precision and recall, see metrics.precision_recall. batch_size: images computed
+    together. cache_dir: where to keep features of the reference. save_stats: a file for the statistics of the sample.
     """
+
+    metrics: tuple = METRICS
+    pr_dtype: str = "adm"
+    batch_size: int = 64
+    cache_dir: str | None = None
+    save_stats: str | None = None
+
+
+def evaluate(reference, sample, extractor, options=Options()):
+    """Print the lines of the protocol and return {name: number}; in other processes than the main one, None."""
     rank = _processes()[0]
     say = print if rank == 0 else lambda *words, **options: None
     say(f"warming up {extractor.name}...", flush=True)
     found = []
     for title, images in (("reference", reference), ("sample", sample)):
         say(f"computing {title} batch activations...", flush=True)
-        want = wanted(images, metrics, images is sample, bool(stats_to) and images is sample)
-        cache, options = None if images is sample else cache_dir, {"batch_size": batch_size, "title": title}
-        features = extract_cached(images, extractor, want, cache, **options)
+        is_sample = images is sample
+        want = wanted(images, options.metrics, is_sample, bool(options.save_stats) and is_sample)
+        cache, batches = None if is_sample else options.cache_dir, {"batch_size": options.batch_size, "title": title}
+        features = extract_cached(images, extractor, want, cache, **batches)
         say(f"computing/reading {title} batch statistics...", flush=True)
         few = images.n < FEW and not images.statistics
         found.append({**(features or {}), **images.statistics, "few": few})
     if rank:
         return None
-    if stats_to:
-        save_stats(stats_to, found[1])
+    if options.save_stats:
+        save_stats(options.save_stats, found[1])
     say("Computing evaluations...", flush=True)
     numbers = {}
-    for name, value in compare(*found, metrics, rule):
+    for name, value in compare(*found, options.metrics, options.pr_dtype):
         numbers[name] = float(value)
         print(f"{LABELS[name]}:", numbers[name], flush=True)
     print("Latex:", latex(numbers), flush=True)
@@ -253,19 +268,6 @@ def write_statistics(images, extractor, path, batch_size=64):
     if found:
         save_stats(path, found)
         print(f"wrote {path}: statistics of {images.n} images", flush=True)
-
-
-def _write(path, write):
-    """Call write(binary file) on a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _group():

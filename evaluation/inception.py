@@ -5,13 +5,9 @@ out of the mean, a max pool in the last block, 1008 classes, its way of resizing
 convolutions.
 """
 
-import http.client
 import os
 import pickle
 import re
-import shutil
-import tempfile
-import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import inception as blocks
 
+from engine.files import download
 from evaluation.batches import digest
 from evaluation.graph import read_graph
 
@@ -30,7 +27,8 @@ CPU_BATCH = 8  # images that go through the network at a time without a GPU
 VARIABLE = "TINYFUSION_INCEPTION"
 GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
-WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_DIGEST = "6726825d"  # the first digits of its SHA-256
+WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_DIGEST}.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
 
 
@@ -269,35 +267,30 @@ def find_weights(path=None, offline=False, cache_dir=None, graph=False):
     places = [Path(GRAPH_NAME), cache / GRAPH_NAME]
     if not graph:
         hub = Path(torch.hub.get_dir()) / "checkpoints"
-        places += [cache / WEIGHTS_NAME, *sorted(hub.glob("*-6726825d.pth"))]
+        places += [cache / WEIGHTS_NAME, *sorted(hub.glob(f"*-{WEIGHTS_DIGEST}.pth"))]
     found = next((place for place in places if place.is_file()), None)
     url, target = (GRAPH_URL, cache / GRAPH_NAME) if graph else (WEIGHTS_URL, cache / WEIGHTS_NAME)
     if not found and offline:
         raise ValueError(f"no Inception weights here; fetch {url} and give its path with --inception")
-    return found or _download(url, target)
-
-
-def _download(url, target):
-    """Fetch `url` as `target`: under a temporary name first, which gets the final one if the file is whole."""
-    partial_file = None
+    if found:
+        return found
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as source, _temporary(target) as file:
-            partial_file = Path(file.name)
-            shutil.copyfileobj(source, file)
-        if target.suffix == ".pb":
-            read_graph(partial_file)["softmax/weights"]
-        elif not digest(partial_file).startswith("6726825d"):
-            raise ValueError("its SHA-256 is not 6726825d...")
-        partial_file.replace(target)
-    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-        reason = str(error).replace(str(partial_file), "the file")
-        raise ValueError(f"{url} cannot be fetched ({reason}); fetch it and give its path with --inception") from None
-    finally:
-        if partial_file:
-            partial_file.unlink(missing_ok=True)
-    return target
+        return download(url, target, check_graph if graph else check_digest)
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it and give its path with --inception") from None
 
 
-def _temporary(target):
-    return tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.stem, suffix=".part", delete=False)
+def check_graph(path):
+    """Raise ValueError unless the file is the graph."""
+    try:
+        consts = read_graph(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), "the file")) from None
+    if "softmax/weights" not in consts:
+        raise ValueError("the file has no softmax/weights")
+
+
+def check_digest(path):
+    """Raise ValueError unless the file is the published .pth."""
+    if not digest(path).startswith(WEIGHTS_DIGEST):
+        raise ValueError(f"its SHA-256 is not {WEIGHTS_DIGEST}...")

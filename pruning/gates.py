@@ -1,5 +1,6 @@
 """Which layers run: the stack of blocks, the gates that choose among its layers, and the decision they reach."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class BlockStack(nn.ModuleList):
         """Run the blocks on tokens x (N, T, D).
 
         mask: (N, L) of 0/1, blends each block with the identity, per sample. kept: layers to run, others are skipped.
-        observe: called as observe(layer, tokens_before, tokens_after) behind every block that runs.
+        observe: called as observe(layer, tokens_before, tokens_after) after every block that runs.
         """
         routes = Routes(mask, self.gate_samples) if mask is not None and not self.dense else None
         for layer, block in enumerate(self):
@@ -55,6 +56,12 @@ class BlockStack(nn.ModuleList):
 def block_stacks(model):
     """All BlockStacks of a network, in forward order."""
     return [module for module in model.modules() if isinstance(module, BlockStack)]
+
+
+def set_routing(model, dense, gate_samples):
+    """Say how all stacks of a network treat samples that skip a layer, see BlockStack."""
+    for stack in block_stacks(model):
+        stack.dense, stack.gate_samples = dense, gate_samples
 
 
 class LayerGates(nn.ParameterList):
@@ -121,3 +128,18 @@ def interpolate(value_range, step, total_steps):
     """Value at `step` (from 0) on the line from value_range[0] to value_range[1] over all steps, never beyond."""
     first, last = value_range
     return first + (last - first) * min(step / max(total_steps - 1, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class GateSchedule:
+    """Temperature and scaling of gates over the steps, each on a line from a first to a last value."""
+
+    tau_range: tuple
+    scaling_range: tuple
+    total_steps: int
+
+    def apply(self, step, *gates):
+        """Set both of all these LayerGates to what they are at `step`."""
+        for each in gates:
+            each.tau = interpolate(self.tau_range, step, self.total_steps)
+            each.scaling = interpolate(self.scaling_range, step, self.total_steps)

@@ -40,7 +40,7 @@ class Routes:
             y, idle = inputs[0], [p for p in block.parameters() if p.requires_grad]
         delta = rest = None
         if self.mask.requires_grad:
-            with torch.no_grad():  # behind the pass with gradients: autocast's copies of weights come from the first
+            with torch.no_grad():  # after the pass with gradients: autocast's copies of weights come from the first
                 delta = y - inputs[0]
                 inputs = [tensor.index_select(0, skipped) for tensor in (x, *context)]
                 rest = block(*inputs) - inputs[0] if len(skipped) else inputs[0]

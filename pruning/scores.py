@@ -22,6 +22,18 @@ class BlockInfluence:
         return self.sums / torch.tensor(self.calls).clamp(min=1)
 
 
+@torch.inference_mode()
+def measure_influence(net, depth, objective, batches, clean_steps=None):
+    """Block influence (L,) over batches (x, y), noised as in training, or clean at steps below `clean_steps`."""
+    influence = BlockInfluence(depth)
+    for x, y in batches:
+        if clean_steps:
+            net(x, torch.randint(clean_steps, (len(x),), device=x.device), y, observe=influence)
+        else:
+            objective.predict(net, x, y, objective.draw(net, x, y), observe=influence)
+    return influence.scores()
+
+
 def least_influential(scores, n_pruned):
     """The `n_pruned` layers of highest similarity, ascending; the last layer always stays, of equals the earlier goes.
 

@@ -53,17 +53,17 @@ def show(row):
 
 
 def main():
-    args, rows = parse_args(), []
-    for part in [args.only] if args.only else PARTS:
+    asked, rows = parse_args(), []
+    for part in [asked.only] if asked.only else PARTS:
         for case in importlib.import_module(f"benchmarks.evaluator.{part}").CASES:
-            if args.case in (None, case):
-                rows.append(compare(part, case, args.slow_repeats if case == "10k x 50k" else args.repeats))
+            if asked.case in (None, case):
+                rows.append(compare(part, case, asked.slow_repeats if case == "10k x 50k" else asked.repeats))
                 show(rows[-1])
     if not rows:
-        raise SystemExit(f"no case is called {args.case!r}")
-    if args.json:
+        raise SystemExit(f"no case is called {asked.case!r}")
+    if asked.json:
         versions = {name: importlib.import_module(name).__version__ for name in ("numpy", "scipy", "torch")}
-        args.json.write_text(
+        asked.json.write_text(
             json.dumps({"python": platform.python_version(), **versions, "rows": rows}, indent=1) + "\n"
         )
 

@@ -20,7 +20,10 @@ from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import report  # noqa: E402  (it imports the project from ROOT)
+import report  # noqa: E402  (this and the next import the project from ROOT)
+
+from engine.checkpoint import read_facts  # noqa: E402
+from families import stack_layers  # noqa: E402
 
 FAMILIES = {  # teacher, student, epochs of recovery, flags of sampling, of training from scratch
     "DiT": (
@@ -50,7 +53,7 @@ parser.add_argument("--family", choices=FAMILIES, default="DiT", help="whose net
 FAMILY = parser.parse_args().family
 TEACHER, STUDENT, RECOVERY_EPOCHS, SAMPLING, SCRATCH = FAMILIES[FAMILY]
 RUN = Path("examples/digits") / {"DiT": "run"}.get(FAMILY, f"run-{FAMILY.lower()}")  # below ROOT, where commands run
-DEPTH, KEPT = 12, 6
+DEPTH, KEPT = (sum(stack_layers(model)) for model in (TEACHER, STUDENT))
 METHODS = ("learned", "block-influence", "bk-sdm", "random")
 DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
 STEPS_PER_EPOCH = 1797 // 128
@@ -87,7 +90,7 @@ def checkpoint(prefix, model, epochs):
 
 def student(method):
     """The model that a method has left; scores and random layers may cut the stacks of MAR unevenly."""
-    return report.read_facts(RUN / f"{method}.pt").get("model", STUDENT)
+    return read_facts(RUN / f"{method}.pt").get("model", STUDENT)
 
 
 def weights():

@@ -8,16 +8,17 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from engine.checkpoint import read_checked, read_facts, read_weights
-from engine.cli import SAMPLING_FLAGS, make_parser, parse
+from engine.checkpoint import Weights, read_facts
 from engine.run import Run
-from engine.sampling import ImageDraws, load_for_sampling, sample_images, told_by_ckpt
+from engine.sampling import SamplingPlan
+from engine.vae import LatentSpace
 from evaluation.metrics import frechet_distance_of_features
-from families import stack_layers
+from families import family_of, stack_layers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+SIZE, CLASSES = 8, 10  # pixels per side, digits
 COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "read as asked", "kept layers")
 
 
@@ -27,39 +28,50 @@ def load_samples(folder):
     return packed["arr_0"].mean(-1).reshape(len(packed["arr_0"]), -1) / 255 * 16, packed["arr_1"]
 
 
+def plan_sampling(file, settings):
+    """How sample_ddp.py samples from a file with these flags; SiT's and MAR's own ones are theirs by default."""
+    weights = Weights(file, "--ckpt")
+    model = weights.facts["model"]
+    family, given = family_of(model), {name.replace("-", "_"): value for name, value in settings.items()}
+    own = {name: given.pop(name, value) for name, value in family.own_defaults("sample").items()}
+    space = LatentSpace(SIZE, weights.facts["vae"], CLASSES, family.latents)
+    return SamplingPlan(model, weights, space, own, **given)
+
+
 def measure_speed(files, settings, rounds=5, n=50):
     """Images per second of networks sampled in turns, so that a busy machine slows all alike: medians over rounds."""
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value)) if word != "True"]
-    loaded = []
-    for file in files:
-        parser = make_parser("sample", "", SAMPLING_FLAGS + " seed", "sample")
-        args = parse(parser, ["--ckpt", str(file), *flags], told_by_ckpt)
-        run = Run(args)
-        loaded.append((run, *load_for_sampling(run, args, read_weights(file, "--ckpt"), file)))
+    run = Run()
+    samplers = [plan_sampling(file, settings).load(run) for file in files]
     seconds = np.zeros((rounds + 1, len(files)))
     for row in seconds:  # the first round warms up
-        for i, (run, net, codec, sampler, shape) in enumerate(loaded):
-            draws = ImageDraws(0, range(n), shape, run.device)
+        for i, sampler in enumerate(samplers):
+            draws = sampler.draws(0, range(n))
             start = time.perf_counter()
-            sample_images(run, net, sampler, codec, draws, draws.labels(10))
+            sampler.sample(draws, draws.labels(CLASSES))
             row[i] = time.perf_counter() - start
     return (n / np.median(seconds[1:], axis=0)).tolist()
+
+
+def count_layers(file):
+    """Layers of the model that a file holds."""
+    return sum(stack_layers(read_facts(file)["model"]))
 
 
 def measure(files, folders, settings):
     """One dict per model with the columns of the table."""
     digits = load_digits()
     reader = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
-    speed = dict(zip((12, 6), measure_speed([files["teacher"], files["learned"]], settings), strict=True))
+    timed = [files["teacher"], files["learned"]]
+    depths = [count_layers(file) for file in timed]
+    speed = dict(zip(depths, measure_speed(timed, settings), strict=True))
     rows = []
     for name, file in files.items():
-        model = read_facts(file)["model"]
-        state, layers = read_checked(file, "", model)[0], sum(stack_layers(model))
+        layers, weights = count_layers(file), Weights(file, "--ckpt")
         samples, asked = load_samples(folders[name])
         values = (
             name,
             layers,
-            sum(tensor.numel() for tensor in state.values()),
+            weights.count_parameters(),
             round(speed[layers], 1),
             round(frechet_distance_of_features(samples, digits.data), 2),
             round(float((reader.predict(samples) == asked).mean()), 4),
@@ -96,32 +108,38 @@ def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw_losses(run, family, path):
-    """The prediction error of every run over its steps: `gt` when distilling, `mse` of DiT and MAR, else the loss."""
+def draw_losses(run, family, depths, path):
+    """The prediction error of every run over its steps: `gt` when distilling, `mse` of DiT and MAR, else the loss.
+
+    depths: layers of the teacher and of its students.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for folder in sorted((run / "outputs").iterdir()):
         rows = [row for row in read_metrics(folder) if "loss" in row]
         error = next(name for name in ("mse", "gt", "loss") if name in rows[0])
-        is_recovery = "D6" in folder.name
+        is_recovery = not folder.name.startswith(("teacher", "learn_mask"))
         axis = axes[int(is_recovery)]
         label = folder.name.partition(f"-{family}")[0].replace("-ft", " + fine-tuning").replace("-kd", " + Masked KD")
         axis.plot([row["step"] for row in rows], [row[error] for row in rows], label=label, linewidth=1)
-    for axis, title in zip(axes, ("12 layers", "recovery, 6 layers"), strict=True):
+    for axis, title in zip(axes, (f"{depths[0]} layers", f"recovery, {depths[1]} layers"), strict=True):
         axis.set(title=title, xlabel="step", ylabel="prediction error", yscale="log")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_decisions(run, path, depth=12):
+def draw_decisions(run, depth, path):
     """Layers kept over the steps of gate learning, with the confidence of their group as opacity."""
     rows = [row for row in read_metrics(next((run / "outputs").glob("learn_mask-*"))) if "kept" in row]
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     colours = plt.get_cmap("tab20")
     for row in rows:
-        for group, layer in enumerate(row["kept"]):  # 1:2 groups: one layer is kept per group
-            opacity = max(0.0, row["confidence"][group] - 0.5) / 0.5
-            axis.scatter(row["step"], layer, color=colours(layer), alpha=0.1 + 0.9 * opacity, s=40, linewidths=0)
+        per_group = len(row["kept"]) // len(row["confidence"])  # all groups keep as many layers
+        for i, layer in enumerate(row["kept"]):
+            opacity = max(0.0, row["confidence"][i // per_group] - 0.5) / 0.5
+            axis.scatter(
+                row["step"], layer, color=colours(layer % colours.N), alpha=0.1 + 0.9 * opacity, s=40, linewidths=0
+            )
     axis.set(xlabel="step", ylabel="kept layer", yticks=range(depth), title="Decisions while the gates learn")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -135,6 +153,7 @@ def write(run, files, folders, settings, family, seconds):
     (run / "report.md").write_text(f"{table}\n\n{minutes}\n")
     (run / "report.json").write_text(json.dumps({"seconds": seconds, "models": rows}, indent=1))
     draw_samples(folders, rows, run / "samples.png")
-    draw_losses(run, family, run / "losses.png")
-    draw_decisions(run, run / "decisions.png")
+    depths = [count_layers(files[name]) for name in ("teacher", "learned")]
+    draw_losses(run, family, depths, run / "losses.png")
+    draw_decisions(run, depths[0], run / "decisions.png")
     print(f"\n{table}\n\n{minutes}\nReport: {run}/report.md, samples.png, losses.png, decisions.png", flush=True)

@@ -156,23 +156,23 @@ def fake(monkeypatch):
 def test_cache(plain, tmp_path, capfd):
     """Reference features are kept by the contents of file and weights; a damaged file is made anew."""
     reference, sample = map(open_images, plain)
-    options = {"metrics": ("is", "pr"), "cache_dir": tmp_path}
+    options = protocol.Options(metrics=("is", "pr"), cache_dir=tmp_path)
     first = Fake()
-    expected = protocol.evaluate(reference, sample, first, **options)
+    expected = protocol.evaluate(reference, sample, first, options)
     assert first.seen == 300
     kept = list(tmp_path.iterdir())
     assert len(kept) == 1
     second = Fake()
-    assert protocol.evaluate(reference, sample, second, **options) == expected
+    assert protocol.evaluate(reference, sample, second, options) == expected
     assert second.seen == 140
     kept[0].write_bytes(kept[0].read_bytes()[:-1000])
     third = Fake()
-    assert protocol.evaluate(reference, sample, third, **options) == expected
+    assert protocol.evaluate(reference, sample, third, options) == expected
     assert third.seen == 300
     other = tmp_path / "other.pb"
     other.write_text("other weights")
     fourth = Fake(other)
-    protocol.evaluate(reference, sample, fourth, **options)
+    protocol.evaluate(reference, sample, fourth, options)
     assert fourth.seen == 300
 
 
@@ -338,7 +338,7 @@ SAMPLE = ["--num-sampling-steps", 2, "--num-fid-samples", 6, "--per-proc-batch-s
 
 
 def test_sample_and_evaluate(student, tmp_path, run_script, capfd, graphs):
-    """`sample_ddp.py --evaluate` prints the evaluator's lines right behind the samples."""
+    """`sample_ddp.py --evaluate` prints the evaluator's lines right after the samples."""
     np.savez(tmp_path / "ref.npz", arr_0=maker.make_images(1, 8, 8, "ref"))
     files = ["--evaluate", tmp_path / "ref.npz", "--inception", graphs["tiny"]]
     run_script("sample_ddp", "--ckpt", student, "--sample-dir", tmp_path / "s", *SAMPLE, *files)

@@ -109,3 +109,51 @@ def test_resume_flag(teacher, latents, tmp_path, run_script):
     new = tmp_path / "b" / "DiT-T-D6-2" / "checkpoints" / "0000008.pt"
     for part in ("model", "ema", "opt"):
         assert same(read_file(new, "--resume")[part], read_file(old / "0000008.pt", "--resume")[part])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_resume_in_another_precision(teacher, latents, tmp_path, run_script, precision):
+    """A state of a run in fp32 holds no loss scaler; one in fp16 starts with a new one."""
+    run_script("train", *command("train", teacher, latents, tmp_path / "a"))
+    state = tmp_path / "a" / "DiT-T-D6-2" / "checkpoints" / "0000003.pt"
+    words = [*command("train", teacher, latents, tmp_path / "b"), "--precision", precision]
+    run_script("train", *words, "--resume", state)
+    last = read_file(tmp_path / "b" / "DiT-T-D6-2" / "checkpoints" / "0000008.pt", "--resume")
+    assert last["train_steps"] == 8
+    assert bool(last["scaler"]) == (precision == "fp16")
+
+
+def test_resume_with_other_rates(teacher, latents, tmp_path, run_script):
+    """The rates of the command line count, not those in the state."""
+    run_script("prune_by_learning", *command("prune_by_learning", teacher, latents, tmp_path / "a"))
+    state = tmp_path / "a" / "DiT-T-1-2" / "checkpoints" / "0000003.pt"
+    words = command("prune_by_learning", teacher, latents, tmp_path / "b")
+    run_script("prune_by_learning", *words, "--resume", state, "--lr", "0.004", "--gate-lr", "0.02")
+    last = read_file(tmp_path / "b" / "DiT-T-1-2" / "checkpoints" / "0000008.pt", "--resume")
+    assert [group["lr"] for group in last["opt"]["param_groups"]] == [0.004, 0.02]
+    old = read_file(tmp_path / "a" / "DiT-T-1-2" / "checkpoints" / "0000008.pt", "--resume")
+    assert [group["lr"] for group in old["opt"]["param_groups"]] == [1e-4, 1e-3]
+
+
+def test_finished_run_says_so(teacher, latents, tmp_path, run_script, capsys):
+    words = command("train", teacher, latents, tmp_path)
+    run_script("train", *words)
+    capsys.readouterr()
+    run_script("train", *words)
+    shown = capsys.readouterr()
+    assert f"nothing left to train: 8 of 8 steps are done, the last state is in {tmp_path}/DiT-T-D6-2" in shown.out
+    assert "it/s" not in shown.err
+
+
+def test_folder_of_an_earlier_version(teacher, latents, tmp_path, run_script):
+    """Its config.json holds settings alone, and infinity as JSON does not know it."""
+    words = [*command("train", teacher, latents, tmp_path), "--clip-norm", "inf"]
+    run_script("train", *words)
+    config = next(tmp_path.iterdir()) / "config.json"
+    settings = json.loads(config.read_text(), parse_constant=pytest.fail)["settings"]
+    assert settings["clip_norm"] == "inf"
+    config.write_text(json.dumps({**settings, "clip_norm": float("inf")}))
+    run_script("train", *words)
+    config.write_text(json.dumps({**settings, "lr": 0.5}))
+    with pytest.raises(InputError, match=r"--lr 0\.5, now it is 0\.0002"):
+        run_script("train", *words)

@@ -11,10 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective, TrainStep
 from engine.checkpoint import read_file
-from engine.cli import make_parser
 from engine.data import LatentDataset
 from engine.run import Run
-from engine.trainer import Trainer
+from engine.trainer import Trainer, TrainingOptions
 from models import DiT
 from pruning.gates import decide, interpolate
 from pruning.lora import weight_update
@@ -37,7 +36,7 @@ def losses(rows):
 
 
 def learn_gates(latents, lora_rank, dense, steps=200):
-    """Decisions behind every step, and the gates at the end.
+    """Decisions after every step, and the gates at the end.
 
     In float64: in float32 a sum in another order may, sooner or later, flip a draw.
     """
@@ -114,13 +113,10 @@ class Fixed(nn.Module):
 
 def test_accumulated_step_is_the_whole_step():
     weights = []
-    for parts in ("1", "4"):
-        parser = make_parser(
-            "train", "", "compile grad-checkpointing grad-accumulation precision device ema-decay clip-norm"
-        )
-        args = parser.parse_args(["--grad-accumulation", parts, "--device", "cpu"])
-        step = Fixed()
-        trainer = Trainer(Run(args), step, [{"params": list(step.parameters()), "lr": 0.1}], step.net, args)
+    for parts in (1, 4):
+        step, options = Fixed(), TrainingOptions(grad_accumulation=parts)
+        groups = [{"params": list(step.parameters()), "lr": 0.1}]
+        trainer = Trainer(Run(device="cpu"), step, groups, step.net, options)
         torch.manual_seed(1)
         for _ in range(3):
             terms = trainer.train_step(torch.randn(8, 3), torch.randn(8))

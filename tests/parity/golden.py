@@ -29,6 +29,8 @@ TOLERANCES = {  # largest max|a - b| / max|b| over one array: float32, float64
 BOUND_TERMS = ("vb", "vb_kd", "kd_loss", "gt", "loss")  # badly conditioned at t = 0
 TERMS = (*BOUND_TERMS, "mse", "feat_loss")
 
+WEAK_STD, SHRINK = 0.02, 2**-10  # of SiT's and MAR's arrays weak_* and small_*: by their format, not in their files
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 precisions = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -60,24 +62,32 @@ def _arrays(name):
         return dict(archive)
 
 
-class Golden:
-    """One recorded file, read for a run in `dtype`: inputs are cast to it, results compared with its recording."""
+class Recorded:
+    """One recorded file, read for a run in `dtype`: inputs are cast to it."""
 
-    def __init__(self, name, dtype=torch.float64):
+    def __init__(self, name, dtype):
         self.name, self.dtype, self.arrays = name, dtype, _arrays(name)
-        self.meta = json.loads(str(self.arrays["meta"]))
 
     def __getitem__(self, key):
         tensor = torch.as_tensor(self.arrays[key])
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
+    def keys(self, prefix="", suffix=""):
+        """What recorded names have between `prefix` and `suffix`, at least one; the float64 arrays are left out."""
+        found = [key for key in self.arrays if key.startswith(prefix) and key.endswith(suffix)]
+        assert found, f"{self.name}: no {prefix}*{suffix}"
+        return [key.removeprefix(prefix).removesuffix(suffix) for key in found if not key.endswith("_f64")]
+
+
+class Golden(Recorded):
+    """A file of DiT, whose `meta` has the settings: results are compared with its recording."""
+
+    def __init__(self, name, dtype=torch.float64):
+        super().__init__(name, dtype)
+        self.meta = json.loads(str(self.arrays["meta"]))
+
     def has(self, prefix):
         return any(key.startswith(prefix) for key in self.arrays)
-
-    def keys(self, prefix):
-        """Recorded names behind `prefix`, at least one, without the suffix of the float64 arrays."""
-        assert self.has(prefix), f"{self.name}: no {prefix}*"
-        return [k.removeprefix(prefix) for k in self.arrays if k.startswith(prefix) and not k.endswith("_f64")]
 
     def check(self, key, value, kind, pick=lambda array: array, note=""):
         """Compare with a recording: with all of it, or with what `pick` takes from it."""
@@ -125,6 +135,19 @@ def given_uniforms(uniform):
     return mock.patch.object(torch, "rand", lambda *size, **options: uniform.reshape(*size))
 
 
+class Recording(Recorded):
+    """A file of SiT or MAR, <family>_<part>.npz: `facts` are the arguments of the recorded network."""
+
+    family = None
+
+    def __init__(self, part, dtype=torch.float32):
+        super().__init__(f"{self.family}_{part}.npz", dtype)
+        self.facts = json.loads(str(self.arrays["config"]))
+
+    def check(self, key, value, tolerance=2e-5, pick=lambda array: array):
+        check_close(f"{self.name}: {key}", value, pick(self.arrays[key]), tolerance)
+
+
 def check_close(what, value, expected, tolerance=2e-5):
     """The rule of SiT and MAR: the largest difference against the largest recorded value."""
     value, expected = (torch.as_tensor(array).detach().double() for array in (value, expected))
@@ -143,4 +166,4 @@ class Replay(GaussianObjective):
     def draw(self, net, x, y):
         t, noise, uniform = next(self.draws)
         with given_uniforms(uniform):
-            return Draw(t, noise, net.y_embedder.draw_drop(len(x), x.device))
+            return Draw(t, noise, net.draw_drop(len(x), x.device))

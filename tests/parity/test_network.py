@@ -53,7 +53,7 @@ def test_guidance_and_forced_label_drop(name, dtype, key):
 def test_random_label_drop(name, dtype):
     z, net = load(name, dtype)
     with given_uniforms(z["drop_uniform"]):
-        z.check("drop_flags", net.train().y_embedder.draw_drop(len(z["x"]), "cpu"), "exact")
+        z.check("drop_flags", net.train().draw_drop(len(z["x"]), "cpu"), "exact")
         z.check("out_train_random_drop", net(z["x"], z["t"], z["y"]), "network")
 
 

@@ -47,5 +47,5 @@ def test_guided_sampler(name, dtype):
     """The sampler keeps one half of the doubled batch, and its result is that half of the recorded one."""
     z, net, diffusion, noise = load(name, "cfg", dtype)
     sampler, n = GaussianSampler(diffusion, "ddim" if "ddim" in name else "ddpm", z.meta["cfg_scale"]), len(z["z"])
-    found = sampler(net, z["y"], z["z"], step_noise=lambda k: noise(k)[:n])
+    found = sampler(net, z["y"], z["z"], step_noise=lambda k, shape: noise(k)[:n])
     z.check("cfg.samples", found, "loss", lambda array: array[-1, :n], " (first half, last step)")

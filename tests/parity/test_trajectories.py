@@ -8,9 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import diffusion.objectives
+import engine.data
+import engine.networks
+import engine.start
 import engine.trainer
-import families
-import models
+import pruning.lora
+from engine.optim import Ema
+from engine.trainer import Trainer
+from families.dit import DIT
 from pruning.lora import LoRALinear
 from pruning.surgery import keep_layers
 
@@ -29,17 +35,17 @@ with_weights = parameters([z for z in FILES if z.has("final:")])
 with_gates = parameters([z for z in FILES if z.has("gate_0")])
 
 
-class Recorder(engine.trainer.Trainer):
+class Recorder(Trainer):
     """A trainer that notes what it used and found at every step, and averages the whole network besides."""
 
     def __init__(self, run, step, *args, **options):
         super().__init__(run, step, *args, **options)
-        self.whole, self.rows = engine.trainer.Ema(self.net, self.ema.decay), []
+        self.whole, self.rows = Ema(self.net, self.ema.decay), []
         Recorder.latest = self
 
     def train_step(self, x, y):
         terms = super().train_step(x, y)
-        self.whole.update()
+        self.whole.update(self.steps - 1)
         gates = getattr(self.net, "gumbel_gates", None)
         row = {"lr": [group["lr"] for group in self.optimizer.param_groups], "beta_feat": getattr(self.step, "beta", 0)}
         row |= {"tau": gates.tau, "scaling": gates.scaling} if gates else {}
@@ -82,31 +88,40 @@ def set_first_factors(z, net):
     assert scales == {facts["alpha"] / facts["rank"]}, f"{z.name}: alpha of the adapters"
 
 
-def replace_inputs(z, script, args, patch):
-    """Let `script` train on the recorded batches and draws, in the precision of `z`."""
-    start_network, weight_update = script.start_network, getattr(script, "weight_update", None)
+class RecordedLatents:
+    """The recorded batches in place of a folder of latents, of which only the number counts."""
 
-    def start(*details):
-        build, facts = start_network(*details)
-        return lambda device: prepare(z, build(device)), facts
+    mapped = True
+
+    def __init__(self, images, config):
+        self.images, self.metadata = images, {"shape": [config["in_channels"], *[config["input_size"]] * 2]}
+
+    def __len__(self):
+        return self.images
+
+
+def replace_inputs(z, epochs, patch):
+    """Let a script train on the recorded batches and draws, in the precision of `z`."""
+    build, weight_update = engine.networks.NetworkStart.build, pruning.lora.weight_update
 
     def update(net, *details):
         trained = weight_update(net, *details)
-        if "lora" in z.meta:
+        is_sketch = any(p.is_meta for p in net.parameters())
+        if "lora" in z.meta and not is_sketch:
             set_first_factors(z, net)
         return trained
 
-    def objective(diffusion):
-        return Replay(diffusion, zip(z["t"], z["noise"], z["drop_uniform"], strict=True))
+    def objective(process):
+        return Replay(process, zip(z["t"], z["noise"], z["drop_uniform"], strict=True))
 
     steps, batch = z["t"].shape
-    config = {key: z.meta["config"][key] for key in ("input_size", "in_channels", "num_classes")}
-    patch.setattr(script, "open_latents", lambda args: (range(steps // args.epochs * batch), config))
-    patch.setattr(script, "start_network", start)
-    patch.setattr(script, "weight_update", update, raising=False)
-    patch.setattr(script, "Trainer", Recorder)
-    patch.setattr(families, "GaussianObjective", objective)
-    patch.setattr(engine.trainer, "latent_loader", lambda *details: zip(z["x"], z["y"], strict=True))
+    latents = RecordedLatents(steps // epochs * batch, z.meta["config"])
+    patch.setattr(engine.start, "open_latents", lambda folder, space: latents)
+    patch.setattr(engine.data.TrainingData, "batches", lambda *details, **options: zip(z["x"], z["y"], strict=True))
+    patch.setattr(engine.networks.NetworkStart, "build", lambda start, device: prepare(z, build(start, device)))
+    patch.setattr(pruning.lora, "weight_update", update)
+    patch.setattr(engine.trainer, "Trainer", Recorder)
+    patch.setattr(diffusion.objectives, "GaussianObjective", objective)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +136,15 @@ def finished(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for flag, meta in (("--model", z.meta), ("--teacher", z.meta.get("teacher"))):
                 if meta:  # the recorded runs gave small networks the names of large ones
-                    patch.setitem(models.DiT_models, given[flag], partial(models.DiT, **meta["config"]))
-            args = script.parse_args(command_line(z, folder))
-            replace_inputs(z, script, args, patch)
-            script.main(args)
+                    patch.setitem(DIT.models, given[flag], meta["config"])
+            settings = script.parse_args(command_line(z, folder))
+            replace_inputs(z, settings.epochs, patch)
+            script.main(settings)
         trainer = Recorder.latest
         rows = {name: torch.stack([row[name] for row in trainer.rows]) for name in trainer.rows[0]}
-        log = [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
-        log = [row for row in log if row["step"] % args.log_every == 0]
+        (metrics,) = folder.glob("*/metrics.jsonl")
+        log = [json.loads(line) for line in metrics.read_text().splitlines()]
+        log = [row for row in log if row["step"] % settings.log_every == 0]
         return SimpleNamespace(z=z, trainer=trainer, rows=rows, log=log, folder=folder)
 
     return run

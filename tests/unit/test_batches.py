@@ -194,5 +194,5 @@ def test_wrong_pictures(tmp_path):
     with pytest.raises(ValueError, match=r"0\.png.*truncated"):
         read(open_images(cut))
     (cut / "0.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"0\.png: no picture"):
+    with pytest.raises(ValueError, match=r"0\.png: not a picture"):
         open_images(cut)

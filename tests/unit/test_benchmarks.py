@@ -45,10 +45,9 @@ def test_efficiency_of_a_matmul_is_about_one():
     run, flops = measure.make_matmul(torch.float32, cpu, (512, 512, 512))
     assert flops == 2 * 512**3
     case = measure.Case("c", {"x": lambda _: measure.Side(run, items=2, flops=flops)}, compare=lambda r: {"n": len(r)})
-    args = measure.make_parser("").parse_args(["--repeats", "3"])
-    args.device = cpu
-    rows, found = measure.measure_case(case, args)
+    rows, found = measure.measure_case(case, measure.Setup(cpu, repeats=3))
     assert 0.05 < rows["x"]["efficiency"] < 20
+    assert len(rows["x"]["rounds"]) == 3
     assert rows["x"]["speedup"] == 1
     assert rows["x"]["rate"] == pytest.approx(2 / rows["x"]["seconds"])
     assert found == {"n": 1}

@@ -1,16 +1,22 @@
 """The order of data, folders of latents, and pictures."""
 
+import pickle
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from engine.data import BatchOrder, LatentDataset, LatentStore, check_batch
+import engine.data
+from engine.data import BatchOrder, LatentDataset, LatentStore, TrainingData, open_latents
 from engine.errors import InputError
 from engine.images import center_crop, list_images, load_image, numbered_images, pack_npz, save_grid, to_uint8
 from engine.sampling import ImageDraws, preview_labels
+from engine.vae import LatentSpace
+from families.dit import DIT
 
 
 def order(steps, rank=0, world=1, mirror=0.5, seed=0, n=50, batch=8):
@@ -47,13 +53,24 @@ def test_mirror_share(mirror):
 
 
 @pytest.mark.parametrize(
-    ("n", "batch", "world", "message"),
-    [(100, 9, 2, "--global-batch-size 9: not divisible by 2"), (7, 8, 1, r"larger than the data \(7 images\)")],
+    ("n", "batch", "world", "parts", "message"),
+    [
+        (100, 9, 2, 1, "--global-batch-size 9: not divisible by 2"),
+        (7, 8, 1, 1, r"larger than the data \(7 images\)"),
+        (100, 12, 2, 4, "--grad-accumulation 4: 6 images a process do not divide by it"),
+    ],
 )
-def test_check_batch(n, batch, world, message):
-    check_batch(8, 8, 2)
+def test_batch_is_checked(monkeypatch, n, batch, world, parts, message):
+    monkeypatch.setattr(engine.data, "world_size", lambda: world)
+    TrainingData(range(8), 1, 8)
     with pytest.raises(InputError, match=message):
-        check_batch(n, batch, world)
+        TrainingData(range(n), 1, batch, grad_accumulation=parts)
+
+
+def test_steps():
+    """Incomplete batches are dropped."""
+    data = TrainingData(range(50), epochs=3, global_batch_size=8)
+    assert (data.steps_per_epoch, data.total_steps) == (6, 18)
 
 
 @pytest.fixture
@@ -86,6 +103,27 @@ def test_published_layout(published, versions):
     assert x[:, 0, 0, 0].tolist() == [11, 3 + 0.5 * (versions - 1)]
     assert y.tolist() == [1, 3]
     assert dataset.metadata["shape"] == [3, 2, 2]
+
+
+def test_published_layout_is_sent_to_processes(published):
+    """It holds nothing that a process which does not fork could not be given."""
+    dataset = LatentDataset(published())
+    again, items = pickle.loads(pickle.dumps(dataset)), [5, 22, 0]
+    assert not again.mapped
+    for got, expected in zip(again.__getitems__(items), dataset.__getitems__(items), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_spawned_loader(published, monkeypatch):
+    """A loader process that starts anew reads the same batches as the caller."""
+    dataset = LatentDataset(published())
+    here = list(TrainingData(dataset, epochs=1, global_batch_size=4).batches(range(3)))
+    monkeypatch.setattr(engine.data, "DataLoader", partial(DataLoader, multiprocessing_context="spawn"))
+    there = list(TrainingData(dataset, epochs=1, global_batch_size=4, num_workers=1).batches(range(3)))
+    assert len(there) == 3
+    for got, expected in zip(there, here, strict=True):
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +197,16 @@ def test_lengths_differ(store):
         LatentDataset(store.folder)
 
 
+@pytest.mark.parametrize(
+    ("size", "classes", "message"),
+    [(4, 3, r"--image-size 4: needs latents of 4x4 .* has 2x2"), (2, 2, r"labels 0\.\.2, .* give --num-classes 3")],
+)
+def test_latents_of_another_space(store, size, classes, message):
+    assert len(open_latents(store.folder, LatentSpace(2, "none", 3, DIT.latents))) == 6
+    with pytest.raises(InputError, match=message):
+        open_latents(store.folder, LatentSpace(size, "none", classes, DIT.latents))
+
+
 @pytest.mark.parametrize(("width", "height", "size"), [(40, 20, 8), (20, 41, 8), (8, 8, 8), (5, 9, 8), (100, 33, 32)])
 def test_center_crop(width, height, size):
     """The crop is square, from the middle: the borders of a long picture are gone."""
@@ -221,10 +269,12 @@ def test_draws_depend_on_the_image_only():
     alone = ImageDraws(3, [4], (2, 2), "cpu")
     assert together.labels(7)[4] == alone.labels(7)[0]
     for _ in range(2):
-        assert torch.equal(together.noise()[4], alone.noise()[0])
+        assert torch.equal(together.start_noise()[4], alone.start_noise()[0])
+    for step in range(2):
+        assert torch.equal(together.step_noise(step, (3,))[4], alone.step_noise(step, (3,))[0])
     other = ImageDraws(4, [4], (2, 2), "cpu")
     other.labels(7)
-    assert not torch.equal(other.noise(), ImageDraws(3, [4], (2, 2), "cpu").noise())
+    assert not torch.equal(other.start_noise(), ImageDraws(3, [4], (2, 2), "cpu").start_noise())
 
 
 def test_labels_cover_the_classes():

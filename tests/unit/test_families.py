@@ -1,10 +1,24 @@
 """Names of networks, and what weights tell about theirs."""
 
+import ast
+import inspect
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from families import create_model, depth_name, describe_weights, family_of, model_config, name_of, stack_layers
-from models import SIZES, DiT, DiT_models
+import diffusion.masked
+from diffusion import flow
+from diffusion.flow import OdeSampler, SdeSampler
+from families import FAMILIES, create_model, depth_name, describe_shapes, family_of, model_config, stack_layers
+from families.dit import DIT, SIZES
+from families.mar import SCHEDULES
+from families.names import write_name
+from families.protocols import Network, Objective
+from families.sit import LAST_STEPS, LOSS_WEIGHTS, NOISE_FORMS, PATHS, PREDICTIONS
+from models import DiT, DiT_models, SiT
+from pruning.gates import block_stacks
 
 XL = {"hidden_size": 1152, "num_heads": 16}
 
@@ -31,7 +45,7 @@ def test_grammar(name, expected):
     "name", ["", "DiT", "DiT-Q/2", "DiT-D0/2", "DiT-D16/3", "DiT-D16", "dit-XL/2", "XL/2", "DiT-D8+8/2"]
 )
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match=r"is no model: expected one of DiT-XL/2, .*DiT-D16/2"):
+    with pytest.raises(ValueError, match=r"is not a model name: expected one of DiT-XL/2, .*DiT-D16/2"):
         model_config(name)
 
 
@@ -51,7 +65,7 @@ def test_all_names_build():
         assert isinstance(net, DiT)
         assert len(net.blocks) == model_config(name)["depth"]
         assert hasattr(net, "gumbel_gates") == ("groups" in model_config(name))
-    assert family_of("DiT-XL/2").network is DiT
+    assert family_of("DiT-XL/2").network == "models.DiT"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +95,7 @@ def test_depth_name(name, depths, pruned):
 
 
 def test_name_of_unknown_width():
-    assert name_of(17, [4], 2) is None
+    assert write_name(DIT, 17, [4], 2) is None
 
 
 @pytest.mark.parametrize(
@@ -94,16 +108,16 @@ def test_name_of_unknown_width():
         ("MAR-T-D2+3", {"input_size": 8, "in_channels": 3, "num_classes": 10}),
     ],
 )
-def test_describe_weights(name, config):
+def test_describe_shapes(name, config):
     with torch.device("meta"):
-        state = create_model(name, **config).state_dict()
+        shapes = {key: value.shape for key, value in create_model(name, **config).state_dict().items()}
     facts = {"model": name, "hidden_size": model_config(name)["hidden_size"], "depths": stack_layers(name)}
-    assert describe_weights(state, name) == {**facts, **config}
+    assert describe_shapes(shapes, name) == {**facts, **config}
 
 
 @pytest.mark.parametrize("name", ["SiT-D16/2x", "MAR-D0", "MAR-D15", "MAR-D4+4+4", "MAR-D16/2", "SiT-Q/2"])
 def test_unknown_names_of_other_families(name):
-    with pytest.raises(ValueError, match=r"is no model|are no two halves"):
+    with pytest.raises(ValueError, match=r"is not a model name|cannot be cut into two halves"):
         model_config(name)
 
 
@@ -122,7 +136,83 @@ def test_parameter_counts(name, parameters):
     assert family_of(name).name == name[:3]
 
 
-@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(2)}, {"x_embedder.proj.weight": torch.zeros(3)}])
-def test_describe_other_weights(state):
-    with pytest.raises(ValueError, match="no DiT weights"):
-        describe_weights(state)
+@pytest.mark.parametrize("shapes", [{}, {"weight": (2,)}, {"x_embedder.proj.weight": (3,)}])
+def test_describe_other_weights(shapes):
+    with pytest.raises(ValueError, match="not the weights of a DiT"):
+        describe_shapes(shapes)
+
+
+def test_names_of_choices():
+    """The tables of flags, which import no torch, list what the code that needs it has."""
+    assert set(PATHS) == set(flow.PATHS)
+    assert {None, *LOSS_WEIGHTS} == set(flow.LOSS_WEIGHTS)
+    assert set(SCHEDULES) == set(diffusion.masked.GUIDANCE)
+    tree = ast.parse(inspect.getsource(flow.diffusion_coefficient))
+    (forms,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    assert tuple(map(ast.literal_eval, forms.keys)) == NOISE_FORMS
+
+
+def test_every_form_of_noise():
+    """Each is another function of time, of the shape of time, and no other name is taken."""
+    t = torch.tensor([0.2, 0.4])
+    found = {tuple(flow.diffusion_coefficient(form, 0.7, t, flow.gvp_path(t)).tolist()) for form in NOISE_FORMS}
+    assert {len(values) for values in found} == {2}
+    assert len(found) == len(NOISE_FORMS)
+    with pytest.raises(KeyError):
+        flow.diffusion_coefficient("Sigma", 0.7, t, flow.gvp_path(t))
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"), [("last_step", LAST_STEPS), ("prediction", PREDICTIONS), ("diffusion_form", NOISE_FORMS)]
+)
+def test_every_choice_of_the_sde(option, choices):
+    """Each gives other samples; on the linear path two forms of noise would be one."""
+    torch.manual_seed(0)
+    net = SiT(4, 2, 2, 16, 2, 2, num_classes=5).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    noise, found = torch.randn(1, 2, 4, 4), []
+    for choice in choices:
+        torch.manual_seed(0)
+        found.append(SdeSampler("GVP", num_steps=4, **{option: choice})(net, torch.tensor([1]), noise))
+        assert found[-1].isfinite().all()
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    if option == "prediction":
+        found = [OdeSampler("GVP", choice, num_steps=4)(net, torch.tensor([1]), noise) for choice in choices]
+        assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+@pytest.mark.parametrize("module", ["families", "families.protocols"])
+def test_no_torch(root, module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def parts_of(protocol):
+    """Names of the attributes and methods of a protocol."""
+    return {*inspect.get_annotations(protocol), *(name for name in vars(protocol) if not name.startswith("_"))}
+
+
+@pytest.mark.parametrize("name", ["DiT-T/2", "DiT-T-1-2", "SiT-T/2", "SiT-T-1-2", "MAR-T", "MAR-T-1-2"])
+def test_network_protocol(name):
+    config = {"input_size": 16, "in_channels": 3, "num_classes": 7}
+    with torch.device("meta"):
+        net = create_model(name, **config)
+    assert {*config, "draw_drop", "blocks_to_compile"} <= parts_of(Network)
+    assert not [part for part in parts_of(Network) if not hasattr(net, part)]
+    assert {key: getattr(net, key) for key in config} == config
+    assert {"drop", "mask", "observe"} <= inspect.signature(net.forward).parameters.keys()
+    assert net.eval().draw_drop(5, "cpu") is None
+    drop = net.train().draw_drop(5, "cpu")
+    assert (drop.shape, drop.dtype) == ((5,), torch.bool)
+    blocks = [block for stack in block_stacks(net) for block in stack]
+    assert len(blocks) == sum(stack_layers(name))
+    assert set(blocks) <= set(net.blocks_to_compile())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_objective_protocol(name):
+    objective = FAMILIES[name].make_objective(**FAMILIES[name].own_defaults("train"))
+    assert not [part for part in parts_of(Objective) if not hasattr(objective, part)]
+    assert not list(objective.parameters())

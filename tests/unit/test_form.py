@@ -1,27 +1,27 @@
-"""The form of the project: who imports whom, how long things are, and that every flag has help and a reader."""
+"""The form of the project: who imports whom, what help says, and that published flags and command lines work."""
 
-import argparse
 import ast
 import importlib
 import json
 import re
+import subprocess
 import sys
-from unittest.mock import patch
+import time
 
 import pytest
 
-NAMES = "extract_features prune_by_learning prune_by_score prune_by_index train train_masked_kd sample sample_ddp"
-SCRIPTS = NAMES.split()
+SCRIPTS = ["extract_features", "train", "train_masked_kd", "sample", "sample_ddp", "evaluator"]
+SCRIPTS += ["prune_by_learning", "prune_by_score", "prune_by_index"]
 OURS = {"pruning", "diffusion", "engine", "models", "families", "evaluation", "models_mar"}
 THIRD = {"torch", "numpy", "tqdm", "timm", "PIL", "diffusers", "safetensors", "scipy", "torchvision", "sklearn"}
 ALLOWED = {  # part -> modules it may import besides the standard library
     "pruning": {"torch", "pruning"},
     "diffusion": {"torch", "numpy", "tqdm", "diffusers", "torchdiffeq", "diffusion"},
-    "models.py": {"torch", "timm", "pruning.gates"},
-    "models_mar.py": {"torch", "timm", "models", "pruning.gates", "pruning.patterns"},
-    "families.py": {"torch", "models", "models_mar", "diffusion", "pruning.gates"},
-    "evaluation": {"torch", "torchvision", "numpy", "scipy", "tqdm", "PIL", "tensorflow", "evaluation"},
-    "engine": (OURS | THIRD) - {"pruning", "models", "models_mar"},
+    "models.py": {"torch", "timm", "families.dit", "families.sit", "pruning.gates"},
+    "models_mar.py": {"torch", "timm", "models", "families.mar", "pruning.gates", "pruning.patterns"},
+    "families": {"torch", "diffusion", "families"},
+    "evaluation": {"torch", "torchvision", "numpy", "scipy", "tqdm", "PIL", "tensorflow", "evaluation", "engine.files"},
+    "engine": (OURS | THIRD) - {"pruning", "models", "models_mar", "evaluation"} | {"pruning.gates"},
 }
 
 
@@ -87,79 +87,194 @@ def test_no_copied_helper(root):
     assert not [names for names in bodies.values() if len(names) > 1]
 
 
-def test_length_of_the_project(root):
-    """Lines that are not blank, of everything but the tests and the evaluator with its benchmarks."""
-    evaluator = {"evaluation", "evaluator.py", "benchmarks"}
-    files = [path for path in sources(root) if path.relative_to(root).parts[0] not in evaluator]
-    lines = [line for path in files for line in path.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 4300
+def modules(root):
+    """{name: file} of all modules of the project."""
+    found = {}
+    for path in sources(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_length_of_scripts(root, name):
-    assert len((root / f"{name}.py").read_text().splitlines()) <= 120
+def dependencies(root):
+    """{module: modules of ours that it imports, anywhere in the file}."""
+    known, graph = modules(root), {}
+    for name, path in known.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = []
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                named = [each if each in known else node.module for each in inner]
+            graph[name] |= {each for each in named if each in known and each != name}
+    return graph
 
 
-def test_length_of_functions(root):
-    long = [
-        (path.name, node.name, node.end_lineno - node.lineno + 1)
+def find_circle(graph):
+    """Names along an import circle, or None."""
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        path.append(name)
+        for other in sorted(graph[name]):
+            if circle := visit(other):
+                return circle
+        path.pop()
+        done.add(name)
+        return None
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def test_circles_are_found():
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_no_import_circle(root):
+    """Imports inside functions count too."""
+    assert find_circle(dependencies(root)) is None
+
+
+def test_every_module_says_what_it_is_for(root):
+    silent = [name for name, path in modules(root).items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
+
+
+def test_no_parameter_called_args(root):
+    """Libraries take values."""
+    found = [
+        f"{path.name}:{node.name}"
         for path in sources(root)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 46
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        if argument.arg == "args"
     ]
-    assert not long
+    assert not found
 
 
-def parser_of(name):
-    """The parser that a script builds."""
-
-    class Built(Exception):
-        pass
-
-    def stop(parser, argv=None):
-        raise Built(parser)
-
-    with patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(Built) as caught:
-        importlib.import_module(name).parse_args([])
-    return caught.value.args[0]
+def test_no_stand_in_for_settings(root):
+    """No test and no benchmark makes a namespace that plays settings or a run."""
+    played = {"device", "rank", "world", "precision", "global_batch_size", "ema_decay", "seed", "vae"}
+    wrong = []
+    for path in (*sources(root), *(root / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Namespace"):
+                wrong += [f"{path.name}:{node.lineno}" for keyword in node.keywords if keyword.arg in played]
+    assert not wrong
 
 
-def actions(parser):
-    return {o: action for action in parser._actions for o in action.option_strings if o not in ("-h", "--help")}
+def command_of(name):
+    return importlib.import_module(name).COMMAND
+
+
+def help_of(root, name):
+    """(what --help prints, modules that it imports) of a script in a process of its own."""
+    code = (
+        f"import sys, runpy\nsys.argv = ['{name}.py', '--help']\n"
+        f"try: runpy.run_path('{name}.py', run_name='__main__')\n"
+        "except SystemExit: print('MODULES', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    text, _, loaded = done.stdout.partition("MODULES")
+    return text, set(loaded.split())
+
+
+def seconds_of(root, *words):
+    """Least of three runs of Python with these words."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *words], cwd=root, capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_flags_have_help(name):
-    assert not [flag for flag, action in actions(parser_of(name)).items() if not (action.help or "").strip()]
+def test_help(root, name):
+    """Help imports no torch and no timm, shows a default in every row, and ends with an example."""
+    text, loaded = help_of(root, name)
+    assert not loaded & {"torch", "timm", "numpy", "diffusers"}
+    assert "README" not in text
+    groups, _, example = text.partition("\nexample:\n")
+    assert f"{name}.py" in example
+    rows = re.split(r"\n  (?=-|REF|SAMPLE|\{)", groups.partition("input and output:")[2])[1:]
+    rows = [re.sub(r"\s+", " ", row) for row in rows]
+    assert len(rows) == len(command_of(name).flags())
+    assert not [row for row in rows if not re.search(r"default: .*\)|\(required\)|no effect", row)]
+
+
+def test_help_is_quick(root):
+    """The slowest help takes less than a quarter of the time of importing torch."""
+    bare = seconds_of(root, "-c", "import torch")
+    assert max(seconds_of(root, f"{name}.py", "--help") for name in SCRIPTS) < bare / 4
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_own_flags_come_first(name):
+    """Within every group of help, the script's own flags are above shared ones."""
+    command = command_of(name)
+    own = {flag.option for flag in command.own}
+    for group in {flag.group for flag in command.flags()}:
+        is_own = [flag.option in own for flag in command.flags() if flag.group == group]
+        assert is_own == sorted(is_own, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [("--modle", "--model"), ("--global-batchsize", "--global-batch-size"), ("--loadweight=x", "--load-weight")],
+)
+def test_mistyped_flags(capsys, typed, near):
+    """One line with the nearest flag, whatever else is missing."""
+    with pytest.raises(SystemExit) as caught:
+        command_of("train").parse([typed, "3"])
+    assert caught.value.code == 2
+    name = typed.partition("=")[0]
+    assert capsys.readouterr().err == f"train.py: error: {name}: there is no such flag; did you mean {near}?\n"
+
+
+def test_unknown_flag(capsys):
+    with pytest.raises(SystemExit):
+        command_of("train").parse(["--zzzzzzzzz"])
+    assert capsys.readouterr().err == "train.py: error: --zzzzzzzzz: there is no such flag; --help lists the flags\n"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_flags_have_readers(root, name):
-    """Every flag is read by the script or the engine, or reported as having no effect."""
-    parser = parser_of(name)
-    shared = [root / "families.py", *sorted((root / "engine").glob("*.py"))]
+    """Every flag is read by the script, by a dataclass that it makes from settings, or where runs start."""
+    shared = [*sorted((root / "engine").glob("*.py")), root / "pruning/gates.py", root / "evaluation/evaluate.py"]
     text = "\n".join(path.read_text() for path in [root / f"{name}.py", *shared])
-    dests = {action.dest for action in actions(parser).values()} - set(parser.get_default("unused") or ())
-    assert not [dest for dest in dests if not re.search(rf"args\.{dest}\b|getattr\(args, \"{dest}\"", text)]
+    command = command_of(name)
+    dests = {flag.dest for flag in (*command.own, *command.shared)}
+    unread = [dest for dest in dests if not re.search(rf"settings\.{dest}\b|(?m:^    {dest}: )|\"{dest}\"", text)]
+    assert not unread
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "evaluator"])
 def test_published_flags(root, name):
     """Flags, defaults, kinds and choices are the published ones, or more."""
-    found = actions(parser_of(name))
-    for flag in json.loads((root / "tests/golden/script_flags.json").read_text())[name]:
-        for option in flag["name"]:
-            assert option in found
-            action = found[option]
-            if option.startswith("--no-") and len(flag["name"]) > 1:
-                assert (action.nargs, action.dest) == (0, flag["name"][0].removeprefix("--"))
+    found = {flag.option: flag for flag in command_of(name).flags()}
+    for published in json.loads((root / "tests/golden/script_flags.json").read_text())[name]:
+        for option in published["name"]:
+            if option.startswith("--no-") and option not in found:
+                assert found[published["name"][0]].opposite
                 continue
-            assert action.default == flag["default"], option
-            assert action.required == (flag["required"] and option != "--kept-indices"), option
-            assert (action.nargs == 0) == (flag["type"] == "flag"), option
-            assert action.nargs == flag["nargs"] or flag["type"] == "flag", option
-            if isinstance(flag["choices"], list) and option not in ("--vae", "--image-size"):
-                assert set(flag["choices"]) <= set(action.choices), option
+            flag = found[option]
+            assert flag.help.strip(), option
+            assert flag.default == published["default"], option
+            assert flag.required == (published["required"] and option != "--kept-indices"), option
+            assert (flag.switch or flag.opposite) == (published["type"] == "flag"), option
+            if published["type"] != "flag" and published["nargs"] != "+":
+                assert flag.nargs == published["nargs"], option
+            if isinstance(published["choices"], list) and option not in ("--vae", "--image-size"):
+                assert set(published["choices"]) <= set(flag.choices), option
 
 
 PUBLISHED = [
@@ -185,21 +300,19 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("name", "command"), PUBLISHED, ids=[name for name, _ in PUBLISHED])
-def test_published_command_lines(root, tmp_path, monkeypatch, name, command):
+def test_published_command_lines(root, name, command):
     """They parse as they stand; what they do not name has the published default."""
-    monkeypatch.chdir(tmp_path)
     words = command.split()
-    args = importlib.import_module(name).parse_args(words)
+    values = command_of(name).defaults() | command_of(name).parse(words)
     for flag in json.loads((root / "tests/golden/script_flags.json").read_text())[name]:
         dest = flag["name"][0].removeprefix("--").replace("-", "_")
-        value = getattr(args, dest)
         if flag["name"][0] not in words:
-            assert value == flag["default"], dest
+            assert values[dest] == flag["default"], dest
         elif flag["type"] != "flag" and dest != "kept_indices":
-            assert str(value) == words[words.index(flag["name"][0]) + 1]
+            assert str(values[dest]) == words[words.index(flag["name"][0]) + 1]
 
 
 def test_kept_indices_as_users_have_them():
     indices = "[0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27]"
-    args = importlib.import_module("prune_by_index").parse_args(["--ckpt", "W", "--kept-indices", indices])
-    assert args.kept_indices == json.loads(indices)
+    typed = command_of("prune_by_index").parse(["--ckpt", "W", "--kept-indices", indices])
+    assert typed["kept_indices"] == json.loads(indices)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pruning.gates import LayerGates, decide, interpolate
+from pruning.gates import GateSchedule, LayerGates, decide, interpolate
 from pruning.surgery import keep_layers
 
 GROUPS = [[2, 4], [1, 2]]
@@ -81,6 +81,13 @@ def test_decision_and_confidence():
 )
 def test_schedule(step, total, value):
     assert interpolate((4.0, 0.0), step, total) == pytest.approx(value)
+
+
+def test_schedule_of_both():
+    """One schedule sets temperature and scaling of several gates, which share nothing else."""
+    gates = [make_gates(), make_gates()]
+    GateSchedule((4.0, 0.0), (100.0, 300.0), 11).apply(5, *gates)
+    assert [(each.tau, each.scaling) for each in gates] == [(pytest.approx(2.0), pytest.approx(200.0))] * 2
 
 
 def test_eval_mode_equals_the_cut_network(small_net, batch):

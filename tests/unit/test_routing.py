@@ -1,7 +1,5 @@
 """Skipped samples without a backward: the gradients of the dense form, for every update and with every option."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from torch import nn
@@ -72,9 +70,8 @@ def test_other_families(name, update, checkpointing):
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     weight_update(net, *UPDATES[update])
-    defaults = family_of(name).flags["train"].items()
-    args = Namespace(**{flag.replace("-", "_"): row["default"] for flag, row in defaults})
-    step = TrainStep(net.double(), family_of(name).objective(args))
+    objective = family_of(name).make_objective(**family_of(name).own_defaults("train"))
+    step = TrainStep(net.double(), objective)
     x, y, found = torch.randn(6, 3, 8, 8).double(), torch.arange(6) % 5, []
     for dense in (True, False):
         for stack in block_stacks(net):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from diffusion import create_diffusion
-from diffusion.flow import LAST_STEPS, PATHS, PREDICTIONS, OdeSampler, SdeSampler
+from diffusion.flow import OdeSampler, SdeSampler
 from diffusion.samplers import GaussianSampler, dpm_scheduler
+from families.sit import LAST_STEPS, PATHS, PREDICTIONS
 from models import DiT, SiT
 
 
@@ -86,3 +87,22 @@ def test_flow_samplers_stay_off_singular_ends(flow_net, path, prediction):
                 samplers.append(SdeSampler(path, prediction, **options))
     for sampler in samplers:
         assert count_rows(flow_net, sampler)[0].isfinite().all(), vars(sampler)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "sde"])
+def test_noise_of_steps(net, flow_net, kind):
+    """A sampler asks for the noise of every step in turn, by its number and the shape of one sample."""
+    model, sampler = (
+        (net, GaussianSampler(create_diffusion("4"))) if kind == "ddpm" else (flow_net, SdeSampler(num_steps=5))
+    )
+    asked, generator, y = [], torch.Generator().manual_seed(0), torch.arange(3)
+
+    def step_noise(k, shape):
+        asked.append((k, tuple(shape)))
+        return torch.randn(3, *shape, generator=generator)
+
+    start = torch.randn(3, 2, 4, 4, generator=generator)
+    found = sampler(model, y, start, step_noise)
+    assert asked == [(k, (2, 4, 4)) for k in range(4)]
+    torch.manual_seed(0)
+    assert torch.equal(sampler(model, y, torch.randn(3, 2, 4, 4)), found)

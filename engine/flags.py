@@ -1,0 +1,108 @@
+"""The flags that several scripts share, one row each. Without torch."""
+
+from dataclasses import replace
+
+from families import model_name
+from families.flags import NEEDED, SYSTEM, TRAINING, Flag, amount, count, share, switch, whole
+
+FLAGS = [
+    Flag(
+        "model",
+        "network: a registered name, or e.g. DiT-D16/2",
+        "DiT-XL/2",
+        type=model_name,
+        metavar="NAME",
+        group=NEEDED,
+    ),
+    Flag(
+        "data-path",
+        "folder of encoded latents (from extract_features.py)",
+        required=True,
+        metavar="FOLDER",
+        group=NEEDED,
+    ),
+    Flag("load-weight", "weights to start from", shown="initial weights", metavar="FILE", group=NEEDED),
+    Flag(
+        "ckpt",
+        "weights, or the name of a published file, which is fetched",
+        shown="DiT-XL/2's release",
+        metavar="FILE",
+        group=NEEDED,
+    ),
+    Flag(
+        "save-model",
+        "file for the pruned weights (.pt or .safetensors)",
+        shown="none; must be given",
+        metavar="FILE",
+        group=NEEDED,
+    ),
+    Flag("image-size", "height and width of the images, in pixels", 256, type=count, group=NEEDED),
+    Flag("num-classes", "number of classes; the null class has this number", 1000, type=count, group=NEEDED),
+    Flag(
+        "vae",
+        "autoencoder: ema or mse (hub), a local folder, or none to work on pixels",
+        "ema",
+        metavar="NAME",
+        group=NEEDED,
+    ),
+    switch("no-ema", "take the plain weights of a training checkpoint, not the averaged ones", group=NEEDED),
+    Flag("cfg-scale", "guidance scale; up to 1 means no guidance", 4.0, type=amount),
+    Flag("num-sampling-steps", "steps of the sampler", 250, type=count),
+    Flag("seed", "seed of noise and random choices", 0, type=whole),
+    switch("preview", "also sample a grid from the pruned network, as <save-model>.png"),
+    Flag("epochs", "passes over the data", 1400, type=count, group=TRAINING),
+    Flag("global-batch-size", "images per step over all processes", 256, type=count, group=TRAINING),
+    Flag("global-seed", "seed of initial weights, data order and noise", 0, type=whole, group=TRAINING),
+    Flag("lr", "learning rate of the first step", 2e-4, type=amount, group=TRAINING),
+    Flag("min-lr", "learning rate at the end of the cosine", 1e-4, type=amount, group=TRAINING),
+    Flag("weight-decay", "weight decay of AdamW, of matrices only", 0.0, type=amount, group=TRAINING),
+    Flag("betas", "averages of AdamW", [0.9, 0.999], type=share, nargs=2, group=TRAINING),
+    Flag("warmup-epochs", "epochs in which the learning rate rises from 0", 0, type=whole, group=TRAINING),
+    Flag("clip-norm", "largest gradient norm, over all parameters", 1.0, type=amount, group=TRAINING),
+    Flag("ema-decay", "decay per step of the averaged copy", 0.9999, type=share, group=TRAINING),
+    switch(
+        "ema-warmup",
+        "let the decay rise as (1 + step) / (10 + step) up to --ema-decay: short runs forget their start",
+        group=TRAINING,
+    ),
+    Flag("mirror", "probability of taking the mirrored picture", 0.5, type=share, group=TRAINING),
+    Flag("device", "auto (GPU if there is one), cpu, cuda or cuda:N", "auto", metavar="NAME", group=SYSTEM),
+    Flag("precision", "arithmetic of the network", None, choices=("fp32", "bf16", "fp16"), group=SYSTEM),
+    Flag("num-workers", "loader processes per training process", 4, type=whole, group=SYSTEM),
+    Flag("results-dir", "parent folder of run folders", "outputs", metavar="FOLDER", group=SYSTEM),
+    Flag("prefix", "first part of the run folder's name, PREFIX-MODEL", "", shown="none", metavar="WORD", group=SYSTEM),
+    Flag(
+        "resume", "training state to continue from", shown="the newest in the run folder", metavar="FILE", group=SYSTEM
+    ),
+    Flag("log-every", "steps between log lines", 100, type=count, group=SYSTEM),
+    Flag("ckpt-every", "steps between checkpoints", 10000, type=count, group=SYSTEM),
+    switch("compile", "compile the networks with torch.compile, block by block", group=SYSTEM),
+    switch("grad-checkpointing", "recompute activations in the backward: less memory, more time", group=SYSTEM),
+    Flag("grad-accumulation", "parts that each process's batch is computed in", 1, type=count, group=SYSTEM),
+    switch("dry-run", "check everything, show settings, sizes and steps, and stop", group=SYSTEM),
+]
+TABLE = {flag.name: flag for flag in FLAGS}
+
+MODEL = "model vae image-size num-classes"
+START = f"data-path load-weight no-ema {MODEL}"
+TRAINING_FLAGS = (
+    f"{START} epochs global-batch-size global-seed clip-norm ema-decay ema-warmup mirror results-dir prefix resume "
+    "log-every ckpt-every num-workers precision device compile grad-checkpointing grad-accumulation dry-run"
+)
+PRUNING_FLAGS = f"ckpt no-ema save-model {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
+SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision device compile"
+
+
+def shared(names, **defaults):
+    """The rows of the table called `names` (words), some with other defaults, by setting: shared("lr", lr=1e-4).
+
+    A required flag that gets a default is required no more.
+    """
+    rows = []
+    for name in names.split():
+        row = TABLE[name]
+        if row.dest in defaults:
+            row = replace(row, default=defaults.pop(row.dest), required=False)
+        rows.append(row)
+    assert not defaults, defaults
+    return tuple(rows)

@@ -1,0 +1,65 @@
+"""A network to train: checked before anything runs, counted without memory, built on its device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.checkpoint import GATES, Weights
+from engine.errors import InputError
+from families import create_model, model_config
+
+
+@dataclass(frozen=True)
+class NetworkStart:
+    """The network called `model`, and the weights it starts from; None: initial weights.
+
+    config: constructor arguments that the data and the method ask for. option: the flag that names the model. Raises
+    InputError if the weights do not fit, or if the model is gated but `config` has no groups.
+    """
+
+    model: str
+    config: dict
+    weights: Weights | None = None
+    option: str = "--model"
+
+    def __post_init__(self):
+        if "groups" in model_config(self.model) and "groups" not in self.config:
+            raise InputError(
+                f"{self.option} {self.model}: has gates; take a plain name, or prune_by_learning.py to learn them"
+            )
+        if self.weights:
+            self.weights.check_fit(self.model, self.config, self.option)
+
+    def build(self, device):
+        """The network in float32."""
+        if self.weights:
+            return self.weights.build(self.model, self.config, device)
+        return create_model(self.model, **self.config).to(device)
+
+    def build_without_memory(self):
+        """The network on torch's meta device, for counting; random numbers stay where they are."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return create_model(self.model, **self.config)
+
+    def count_parameters(self):
+        """Number of weights, those of gates left out."""
+        named = self.build_without_memory().named_parameters()
+        return sum(p.numel() for name, p in named if not name.startswith(GATES))
+
+    def count_state_bytes(self):
+        """Bytes of a training state if all weights are trained and averaged."""
+        sketch = self.build_without_memory()
+        return count_state_bytes(sketch, sketch)
+
+    def describe(self, space):
+        """Facts to record with weights of this network, which works on an engine.vae.LatentSpace."""
+        source = self.weights.name if self.weights else None
+        known = self.weights.facts if self.weights else {}
+        facts = {"model": self.model, "num_classes": space.num_classes, "vae": space.vae, "source": source}
+        return facts | {name: known[name] for name in ("kept", "pattern") if name in known}
+
+
+def count_state_bytes(net, averaged):
+    """Bytes of a training state: weights, averaged copy, and AdamW's two averages of everything that is trained."""
+    weights = sum(t.nbytes for module in (net, averaged) for t in module.state_dict().values())
+    return weights + sum(8 * p.numel() for p in net.parameters() if p.requires_grad)

@@ -1,0 +1,133 @@
+"""How a run starts: what it says of its settings and sizes, what config.json records, and where a dry run stops."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from engine.data import TrainingData, open_latents
+from engine.optim import share_of_start
+from engine.run_folder import RunFolder, run_path
+from engine.vae import LatentSpace
+
+ROOT = Path(__file__).resolve().parent.parent
+DRY_RUN = "dry run: all checks passed, nothing was written"
+PACKAGES = ("torch", "numpy", "timm", "diffusers")
+
+
+def print_start(settings, run):
+    """Print the settings that are not plain defaults, each with its origin; with --dry-run, that all is checked."""
+    for line in describe_settings(settings):
+        run.print(line)
+    if settings.values.get("dry_run"):
+        run.print(DRY_RUN)
+
+
+def describe_settings(settings):
+    """A line per setting that is not a plain default, and notes on flags without effect."""
+    lines = [f"{name} {value} ({origin})" for name, value, origin in settings.notable()]
+    return lines + [f"note: {flag} has no effect" for flag in settings.unused]
+
+
+def describe_environment(run):
+    """What a run depends on besides its settings, for config.json."""
+    return {
+        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "device": str(run.device),
+        "precision": run.precision,
+        "processes": run.world,
+        "commit": read_commit(),
+        "versions": {"python": platform.python_version()} | {name: find_version(name) for name in PACKAGES},
+    }
+
+
+def read_commit():
+    """The commit of the project's folder, or None where there is no git."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def find_version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe_sizes(data, networks, state_bytes, ckpt_every):
+    """Sizes of a training run, for config.json: data, networks, steps, and the disk that its states take.
+
+    networks: {word: engine.networks.NetworkStart}. state_bytes: of one state, see engine.networks.count_state_bytes.
+    """
+    return {
+        "images": len(data.dataset),
+        "steps": data.total_steps,
+        "steps_per_epoch": data.steps_per_epoch,
+        "parameters": {word: start.count_parameters() for word, start in networks.items()},
+        "state_bytes": state_bytes,
+        "states": -(-data.total_steps // ckpt_every),
+    }
+
+
+def describe_size_lines(sizes, batch):
+    """The same for people."""
+    networks = ", ".join(f"{name} {count:,} parameters" for name, count in sizes["parameters"].items())
+    gigabytes = sizes["state_bytes"] / 1e9
+    return [
+        f"data: {sizes['images']:,} images; {sizes['steps']:,} steps of {batch}, {sizes['steps_per_epoch']:,} an epoch",
+        f"networks: {networks}",
+        f"checkpoints: {sizes['states']} of {gigabytes:.3g} GB, {sizes['states'] * gigabytes:.3g} GB in all",
+    ]
+
+
+def open_data(settings):
+    """What the network of a training run works on, a LatentSpace, and its checked TrainingData."""
+    space = settings.make(LatentSpace, latents=settings.family.latents)
+    return space, settings.make(TrainingData, dataset=open_latents(settings.data_path, space))
+
+
+def start_training(settings, run, sizes, facts):
+    """Open the RunFolder of a training run and say in its log how it starts.
+
+    sizes: see describe_sizes. facts: to record with every state. With --dry-run all of it is printed, nothing is
+    written, and None is returned. Raises InputError for a folder that holds another run.
+    """
+    about = {
+        "settings": settings.values,
+        "origins": settings.origins,
+        "environment": describe_environment(run),
+        "sizes": sizes,
+    }
+    path = run_path(settings.results_dir, settings.prefix, settings.model)
+    folder = RunFolder(path, about, facts, settings.resume)
+    lines = [
+        f"command: {about['environment']['command']}",
+        f"{run.world} process(es), {run.device.type}, {run.precision}, folder {path}",
+        *describe_settings(settings),
+        *describe_size_lines(sizes, settings.global_batch_size),
+    ]
+    if settings.dry_run:
+        run.print("\n".join([*lines, DRY_RUN]))
+        return None
+    folder.open()
+    for line in lines:
+        folder.log(line)
+    return folder
+
+
+def note_early_average(run, weights):
+    """Say if these are averaged weights that still are, for more than a hundredth, those that training started from."""
+    steps, settings = (weights.file.checkpoint.get(name) for name in ("train_steps", "args"))
+    if not weights.file.averaged or not isinstance(steps, int) or not isinstance(settings, dict):
+        return
+    share = share_of_start(steps, settings.get("ema_decay", 0.9999), settings.get("ema_warmup", False))
+    if share >= 0.01:
+        run.print(
+            f"note: after {steps:,} steps these averaged weights are {share:.0%} the weights that training started "
+            "from; --no-ema takes the plain ones, and --ema-warmup in training lets the average follow sooner"
+        )

@@ -1,0 +1,73 @@
+"""The record of a family of networks: all that scripts and engine need to know once `--model` names a member.
+
+Without torch. Networks, objectives and samplers are imported when they are made, so that --help stays quick; what they
+have to offer is in `families/protocols.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the networks work on: the autoencoders' hub ids or URLs by short name, shrink factor, channels and scale.
+
+    The first short name is the default. moments: mean and log-variance are stored, and every visit of a training run
+    samples from them.
+    """
+
+    hub: dict
+    factor: int
+    channels: int
+    scale: float
+    moments: bool = False
+
+    @property
+    def usual(self):
+        """Short name of the default autoencoder."""
+        return next(iter(self.hub))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published file of weights: where it is, and the settings that it stands for."""
+
+    url: str
+    settings: dict
+
+
+@dataclass(frozen=True)
+class Family:
+    """network + objective + sampler + latents, and what their flags and files look like."""
+
+    name: str
+    network: str  # "module.Class" of the network
+    models: dict  # registered name -> constructor arguments
+    base: str  # the size that a name without one has: DiT-D14/2 is an XL
+    latents: Latents
+    make_objective: Callable  # (**flags of kind "train") -> Objective
+    make_sampler: Callable  # (num_sampling_steps, cfg_scale, **flags of kind "sample") -> Sampler
+    sampler_label: Callable  # (num_sampling_steps, **flags of kind "sample") -> word for the names of samples
+    stacks: Callable  # constructor arguments -> layers of every stack
+    with_stacks: Callable  # layers of every stack -> constructor arguments
+    describe_shapes: Callable  # {key: shape} of a state dict -> what it tells, see families.describe_shapes
+    flags: dict  # kind ("train", "sample", "score") -> Flags that not all families have
+    check_sampler: Callable = lambda config, **flags: None  # ValueError if sampler and network do not fit
+    defaults: dict = field(default_factory=dict)  # script or "all" -> defaults of shared flags
+    scratch: dict = field(default_factory=dict)  # defaults of train.py without weights to start from
+    no_decay: tuple = ()  # parts of names of weights that never decay
+    patterns: dict = field(default_factory=dict)  # model -> pruning pattern of published weights that record none
+    releases: dict = field(default_factory=dict)  # file name -> Release
+    default_releases: dict = field(default_factory=dict)  # model -> its release by image size
+
+    def own_flags(self, kinds):
+        """The Flags of some kinds, each once."""
+        return list({flag.dest: flag for kind in kinds for flag in self.flags.get(kind, ())}.values())
+
+    def own_defaults(self, kind):
+        """Defaults of the flags of a kind, {setting: value}."""
+        return {flag.dest: flag.default for flag in self.own_flags([kind])}
+
+    def defaults_for(self, script):
+        """Defaults of shared flags that the family has for a script."""
+        return self.defaults.get("all", {}) | self.defaults.get(script, {})

@@ -1,0 +1,80 @@
+"""How runs start: what they say, what a dry run leaves, and which weights of a training state they take."""
+
+import pytest
+import torch
+
+from engine.checkpoint import read_file
+
+TRAIN = ["--global-batch-size", "16", "--num-workers", "0", "--epochs", "1", "--ckpt-every", "3"]
+
+
+def command(name, family, latents, folder):
+    data = ["--data-path", latents]
+    train = [*data, "--results-dir", folder, *TRAIN]
+    cut = ["--ckpt", family.weights, "--save-model", folder / "out.pt"]
+    return {
+        "train": ["--load-weight", family.student, *train],
+        "train_masked_kd": ["--load-weight", family.student, "--load-teacher", family.weights, *train],
+        "prune_by_learning": ["--model", family.gated, "--load-weight", family.weights, *train, "--delta-w", "--lora"],
+        "prune_by_score": [*cut, *data, "--n-pruned", 6, "--nsamples", 16],
+        "prune_by_index": [*cut, "--scheme", "bk-sdm"],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["train", "train_masked_kd", "prune_by_learning", "prune_by_score", "prune_by_index"])
+def test_dry_run(family, latents, tmp_path, run_script, capsys, name):
+    """Everything is checked and said, nothing is written."""
+    run_script(name, *command(name, family, latents, tmp_path), "--dry-run")
+    shown = capsys.readouterr().out
+    weights = family.student if name.startswith("train") else family.weights
+    if name != "prune_by_learning":
+        model = family.half if name.startswith("train") else family.model
+        assert f"model {model} (from {weights}.json)" in shown
+    assert f"{latents}/metadata.json)" in shown or name == "prune_by_index"
+    assert shown.rstrip().endswith("dry run: all checks passed, nothing was written")
+    assert not list(tmp_path.iterdir())
+    if name.startswith("train") or name == "prune_by_learning":
+        assert "data: 64 images; 4 steps of 16, 4 an epoch" in shown
+        assert "checkpoints: 2 of " in shown
+        role = {"train": "network", "train_masked_kd": "student", "prune_by_learning": "network"}[name]
+        state = torch.load(weights)
+        count = sum(value.numel() for value in state.values())
+        assert f"networks: {role} {count:,} parameters" in shown
+
+
+def test_size_of_states(family, latents, tmp_path, run_script, capsys):
+    """The disk that was announced for a state is what it takes, gates with LoRA too."""
+    for name in ("train", "prune_by_learning"):
+        run_script(name, *command(name, family, latents, tmp_path / name))
+        announced = float(capsys.readouterr().out.partition("checkpoints: 2 of ")[2].split()[0])
+        (state,) = (tmp_path / name).glob("*/checkpoints/0000004.pt")
+        # Names and alignment take some kilobytes of these small files.
+        assert announced * 1e9 == pytest.approx(state.stat().st_size, rel=0.03)
+
+
+def test_plain_weights_to_start_from(teacher, latents, tmp_path, run_script):
+    """--no-ema starts from the weights of the last step, not from their average."""
+    state = read_file(teacher.checkpoint, "--resume")
+    key = "blocks.3.attn.qkv.weight"
+    assert not torch.equal(state["model"][key], state["ema"][key])
+    for flags, entry in (([], "ema"), (["--no-ema"], "model")):
+        words = ["--load-weight", teacher.checkpoint, "--data-path", latents, "--results-dir", tmp_path / entry, *TRAIN]
+        run_script("train", *words, "--lr", "0", "--min-lr", "0", *flags)
+        (last,) = (tmp_path / entry).glob("*/checkpoints/0000004.pt")
+        assert torch.equal(read_file(last, "--resume")["model"][key], state[entry][key])
+
+
+def test_early_averages_are_named(family, latents, tmp_path, run_script, capsys):
+    """Sampling from an average that still is its start says so; a warm-up of the decay helps."""
+    said = {}
+    for name, flags in (("long", ["--ema-decay", "0.9999"]), ("warm", ["--ema-decay", "0.9999", "--ema-warmup"])):
+        run_script("train", *command("train", family, latents, tmp_path / name), *flags)
+        (state,) = (tmp_path / name).glob("*/checkpoints/0000004.pt")
+        capsys.readouterr()
+        draw = ["--ckpt", state, *family.few_steps, "--labels", "1", "--output", tmp_path / "one.png"]
+        run_script("sample", *draw)
+        said[name] = capsys.readouterr().out
+        run_script("sample", *draw, "--no-ema")
+        assert "note:" not in capsys.readouterr().out
+    assert "note: after 4 steps these averaged weights are 100% the weights that training started from" in said["long"]
+    assert "note:" not in said["warm"]  # 1/10 * 2/11 * 3/12 * 4/13 is 0.1 %
