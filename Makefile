@@ -1,6 +1,7 @@
 # make setup | demo | demo-sit | demo-mar | bench | test: each does all the set-up it needs in .venv
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: setup demo demo-sit demo-mar bench test clean
 
@@ -20,7 +21,7 @@ demo-sit demo-mar: demo-%: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 -n $(WORKERS) --dist worksteal
 
 bench: setup
 	$(BIN)/python -m benchmarks
