@@ -12,7 +12,7 @@ import sys
 
 from engine.cli import Command, launch
 from engine.errors import InputError, check_folder, check_writable, flag_errors
-from families.flags import NEEDED, SYSTEM, Flag, count, switch
+from families.flags import NEEDED, SYSTEM, Flag, count, path_flag, switch
 
 METRICS = ("is", "fid", "sfid", "pr")
 
@@ -47,14 +47,10 @@ COMMAND = Command(
             shown="none",
             group=NEEDED,
         ),
-        Flag("inception", "weights, .pb or .pth", shown="found or downloaded", metavar="FILE", group=NEEDED),
-        Flag("json", "also write the numbers there", shown="no", metavar="FILE", group=NEEDED),
-        Flag(
-            "save-stats",
-            "write mu, sigma, mu_s, sigma_s of SAMPLE, or of REF if it is alone (.npz)",
-            shown="no",
-            metavar="FILE",
-            group=NEEDED,
+        path_flag("inception", "weights, .pb or .pth", shown="found or downloaded"),
+        path_flag("json", "also write the numbers there", shown="no"),
+        path_flag(
+            "save-stats", "write mu, sigma, mu_s, sigma_s of SAMPLE, or of REF if it is alone (.npz)", shown="no"
         ),
         Flag("metrics", "what to compute", list(METRICS), type=metric_list, shown=",".join(METRICS), metavar="LIST"),
         Flag(
@@ -66,12 +62,12 @@ COMMAND = Command(
         Flag("backend", "what runs Inception", "torch", choices=("torch", "tensorflow", "tf"), group=SYSTEM),
         Flag("device", "auto (GPU if there is one), cpu, cuda or cuda:N", "auto", metavar="NAME", group=SYSTEM),
         Flag("batch-size", "images computed together", 64, type=count, group=SYSTEM),
-        Flag(
+        path_flag(
             "cache-dir",
             "keep features of REF (and downloaded weights) there",
             shown="none",
-            metavar="FOLDER",
             group=SYSTEM,
+            metavar="FOLDER",
         ),
         switch("offline", "never download weights", group=SYSTEM),
     ),

@@ -7,14 +7,14 @@ Example:
 from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, RunError, check_folder
 from engine.flags import shared
-from families.flags import NEEDED, SYSTEM, Flag, count
+from families.flags import SYSTEM, Flag, count, path_flag
 
 COMMAND = Command(
     "extract_features",
     __doc__,
     own=(
-        Flag("data-path", "folder of images, one subfolder per class", required=True, group=NEEDED, metavar="FOLDER"),
-        Flag("features-path", "folder for the latents", "features", group=NEEDED, metavar="FOLDER"),
+        path_flag("data-path", "folder of images, one subfolder per class", required=True, metavar="FOLDER"),
+        path_flag("features-path", "folder for the latents", "features", metavar="FOLDER"),
         Flag("batch-size", "images encoded together with their mirrors", 8, type=count, group=SYSTEM),
     ),
     shared=shared("model image-size num-classes global-seed vae num-workers precision device"),

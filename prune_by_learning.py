@@ -10,19 +10,13 @@ from engine.cli import Command, launch
 from engine.errors import InputError, check_writable, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
 from families import model_config, stack_layers
-from families.flags import NEEDED, TRAINING, Flag, above_zero, amount, count, number, switch
+from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, switch
 
 COMMAND = Command(
     "prune_by_learning",
     __doc__,
     own=(
-        Flag(
-            "save-model",
-            "file for the pruned weights",
-            shown="pruned.pt in the run folder",
-            group=NEEDED,
-            metavar="FILE",
-        ),
+        path_flag("save-model", "file for the pruned weights", shown="pruned.pt in the run folder"),
         Flag(
             "pattern",
             "N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2",

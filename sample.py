@@ -9,19 +9,13 @@ from pathlib import Path
 from engine.cli import Command, launch
 from engine.errors import InputError, check_writable
 from engine.flags import SAMPLING_FLAGS, shared
-from families.flags import NEEDED, Flag, integer_list
+from families.flags import Flag, integer_list, path_flag
 
 COMMAND = Command(
     "sample",
     __doc__,
     own=(
-        Flag(
-            "output",
-            "picture to write",
-            shown="named after the weights, in outputs/samples",
-            metavar="FILE",
-            group=NEEDED,
-        ),
+        path_flag("output", "picture to write", shown="named after the weights, in outputs/samples"),
         Flag("labels", "classes to draw", type=integer_list, shown="eight of them", metavar="LIST"),
     ),
     shared=shared(f"{SAMPLING_FLAGS} seed"),

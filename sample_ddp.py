@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.cli import Command, launch
 from engine.errors import InputError, check_folder, flag_errors
 from engine.flags import SAMPLING_FLAGS, shared
-from families.flags import NEEDED, SYSTEM, Flag, count
+from families.flags import NEEDED, SYSTEM, Flag, count, path_flag
 
 METRICS = ("is", "fid", "sfid", "pr")
 COMMAND = Command(
@@ -23,12 +23,10 @@ COMMAND = Command(
     __doc__,
     own=(
         Flag("num-fid-samples", "images to make", 50000, type=count, group=NEEDED),
-        Flag("sample-dir", "parent folder of image folders", "samples", group=NEEDED, metavar="FOLDER"),
+        path_flag("sample-dir", "parent folder of image folders", "samples", metavar="FOLDER"),
         Flag("evaluate", "then run the evaluator against this reference", shown="no", metavar="REF", group=NEEDED),
-        Flag("inception", "weights for --evaluate", shown="found or downloaded", metavar="FILE", group=NEEDED),
-        Flag(
-            "pack", "only pack the pictures of a folder, by their numbers", shown="no", metavar="FOLDER", group=NEEDED
-        ),
+        path_flag("inception", "weights for --evaluate", shown="found or downloaded"),
+        path_flag("pack", "only pack the pictures of a folder, by their numbers", shown="no", metavar="FOLDER"),
         Flag("per-proc-batch-size", "images sampled together", 32, type=count, group=SYSTEM),
         Flag("tf32", "TF32 matrix products on a GPU", True, opposite=True, group=SYSTEM),
     ),

@@ -9,13 +9,13 @@ from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
 from families import family_of, model_name, stack_layers
-from families.flags import NEEDED, Flag, amount, share
+from families.flags import NEEDED, Flag, amount, path_flag, share
 
 COMMAND = Command(
     "train_masked_kd",
     __doc__,
     own=(
-        Flag("load-teacher", "weights of the teacher", shown="none; it must be given", group=NEEDED, metavar="FILE"),
+        path_flag("load-teacher", "weights of the teacher", shown="none; it must be given"),
         Flag("teacher", "network of the teacher", "DiT-XL/2", type=model_name, group=NEEDED, metavar="NAME"),
         Flag(
             "pattern",

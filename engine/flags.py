@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from families import model_name
-from families.flags import NEEDED, SYSTEM, TRAINING, Flag, amount, count, share, switch, whole
+from families.flags import NEEDED, SYSTEM, TRAINING, Flag, amount, count, path_flag, share, switch, whole
 
 FLAGS = [
     Flag(
@@ -14,28 +14,10 @@ FLAGS = [
         metavar="NAME",
         group=NEEDED,
     ),
-    Flag(
-        "data-path",
-        "folder of encoded latents (from extract_features.py)",
-        required=True,
-        metavar="FOLDER",
-        group=NEEDED,
-    ),
-    Flag("load-weight", "weights to start from", shown="initial weights", metavar="FILE", group=NEEDED),
-    Flag(
-        "ckpt",
-        "weights, or the name of a published file, which is fetched",
-        shown="DiT-XL/2's release",
-        metavar="FILE",
-        group=NEEDED,
-    ),
-    Flag(
-        "save-model",
-        "file for the pruned weights (.pt or .safetensors)",
-        shown="none; must be given",
-        metavar="FILE",
-        group=NEEDED,
-    ),
+    path_flag("data-path", "folder of encoded latents (from extract_features.py)", required=True, metavar="FOLDER"),
+    path_flag("load-weight", "weights to start from", shown="initial weights"),
+    path_flag("ckpt", "weights, or the name of a published file, which is fetched", shown="DiT-XL/2's release"),
+    path_flag("save-model", "file for the pruned weights (.pt or .safetensors)", shown="none; must be given"),
     Flag("image-size", "height and width of the images, in pixels", 256, type=count, group=NEEDED),
     Flag("num-classes", "number of classes; the null class has this number", 1000, type=count, group=NEEDED),
     Flag(
@@ -69,11 +51,9 @@ FLAGS = [
     Flag("device", "auto (GPU if there is one), cpu, cuda or cuda:N", "auto", metavar="NAME", group=SYSTEM),
     Flag("precision", "arithmetic of the network", None, choices=("fp32", "bf16", "fp16"), group=SYSTEM),
     Flag("num-workers", "loader processes per training process", 4, type=whole, group=SYSTEM),
-    Flag("results-dir", "parent folder of run folders", "outputs", metavar="FOLDER", group=SYSTEM),
+    path_flag("results-dir", "parent folder of run folders", "outputs", group=SYSTEM, metavar="FOLDER"),
     Flag("prefix", "first part of the run folder's name, PREFIX-MODEL", "", shown="none", metavar="WORD", group=SYSTEM),
-    Flag(
-        "resume", "training state to continue from", shown="the newest in the run folder", metavar="FILE", group=SYSTEM
-    ),
+    path_flag("resume", "training state to continue from", shown="the newest in the run folder", group=SYSTEM),
     Flag("log-every", "steps between log lines", 100, type=count, group=SYSTEM),
     Flag("ckpt-every", "steps between checkpoints", 10000, type=count, group=SYSTEM),
     switch("compile", "compile the networks with torch.compile, block by block", group=SYSTEM),

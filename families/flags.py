@@ -52,6 +52,11 @@ def switch(name, help, **options):
     return Flag(name, help, default=False, switch=True, **options)
 
 
+def path_flag(name, help, default=None, metavar="FILE", group=NEEDED, **options):
+    """A flag that names a file or, with another metavar, a folder."""
+    return Flag(name, help, default, metavar=metavar, group=group, **options)
+
+
 def number(convert, low, high=None):
     """A type for numbers from `low` to `high`, both included."""
 
