@@ -29,13 +29,15 @@ def load_samples(folder):
 
 
 def plan_sampling(file, settings):
-    """How sample_ddp.py samples from a file with these flags; SiT's and MAR's own ones are theirs by default."""
+    """How sample_ddp.py samples from a file with these flags; flags not given are the family's defaults."""
     weights = Weights(file, "--ckpt")
     model = weights.facts["model"]
     family, given = family_of(model), {name.replace("-", "_"): value for name, value in settings.items()}
     own = {name: given.pop(name, value) for name, value in family.own_defaults("sample").items()}
     space = LatentSpace(SIZE, weights.facts["vae"], CLASSES, family.latents)
-    return SamplingPlan(model, weights, space, own, **given)
+    plan = SamplingPlan(model, weights, space, own, **given)
+    plan.check()
+    return plan
 
 
 def measure_speed(files, settings, rounds=5, n=50):
