@@ -51,9 +51,9 @@ class Weights:
         """The opened file, see `Opened`."""
         return self.opened or open_weights(self.path, self.flag, self.average)
 
-    @cached_property
+    @property
     def state(self):
-        """The state dict, {key: tensor}."""
+        """The state dict, {key: tensor}; not kept here, so that a run does not hold it in memory to its end."""
         return self.file.read()
 
     def count_parameters(self):
