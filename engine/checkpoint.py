@@ -125,7 +125,8 @@ def open_weights(path, flag, average=True):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(entry), dict):
             found, weights = entry, checkpoint[entry]
             break
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    items = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in items):
         wanted = "an entry ema or model" if average else "an entry model"
         raise InputError(f"{flag} {path}: holds no weights; expected a state dict or {wanted}")
     shapes = {key: tuple(value.shape) for key, value in weights.items()}

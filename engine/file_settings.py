@@ -61,12 +61,29 @@ def default_release(model, image_size):
 
 
 def read_latents(folder):
-    """metadata.json of encoded latents, or {}: the published layout has none, damage is reported when they are read."""
+    """metadata.json of encoded latents, or {}: the published layout has none, damage is reported when they are read.
+
+    Raises InputError for values that cannot be.
+    """
     try:
         metadata = json.loads((Path(folder) / "metadata.json").read_text())
-        return {name: metadata[name] for name in ("image_size", "vae", "num_classes")}
+        told = {name: metadata[name] for name in ("image_size", "vae", "num_classes")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    with flag_errors("--data-path", f"{folder}/metadata.json"):
+        check_values(told)
+    return told
+
+
+def check_values(told):
+    """Raise ValueError for a {setting: value} from a file whose type or range cannot be."""
+    for name, value in told.items():
+        is_count = name in ("num_classes", "image_size")
+        fits = type(value) is int and value > 0 if is_count else isinstance(value, str) and value
+        if not fits:
+            raise ValueError(f"{name} is {value!r}; expected {'a number above 0' if is_count else 'a name'}")
+    if "model" in told:
+        model_config(told["model"])
 
 
 def add_weights(layers, weights, option, typed, is_first):
@@ -98,15 +115,10 @@ def add_weights(layers, weights, option, typed, is_first):
 
 def read_told(weights):
     """The facts beside a file that are settings, where they say something. Raises InputError for impossible ones."""
-    kinds = {"model": (str, "a name"), "num_classes": (int, "a number of classes"), "vae": (str, "a name")}
     if weights.release:
         return weights.facts
-    told = {name: weights.facts[name] for name in kinds if weights.facts.get(name) is not None}
+    names = ("model", "num_classes", "vae")
+    told = {name: weights.facts[name] for name in names if weights.facts.get(name) is not None}
     with flag_errors(weights.flag, f"{weights.name}.json"):
-        for name, value in told.items():
-            kind, expected = kinds[name]
-            if not isinstance(value, kind) or not value:
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
-        if "model" in told:
-            model_config(told["model"])
+        check_values(told)
     return told

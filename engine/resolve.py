@@ -10,6 +10,8 @@ The order, strongest first:
     7. the script's defaults, which are those of the table of flags where it has none of its own.
 """
 
+import copy
+
 from engine.settings import DEFAULT, TYPED, Layers, Settings
 
 
@@ -28,7 +30,7 @@ def resolve(command, typed):
     layers.add(command.defaults(), DEFAULT)
     names = [flag.dest for flag in command.flags()]
     return Settings(
-        values={name: layers.values.get(name) for name in names},
+        values=copy.deepcopy({name: layers.values.get(name) for name in names}),  # lists belong to the tables
         origins={name: layers.origins.get(name, DEFAULT) for name in names},
         weights=weights,
         unused=tuple(flag.option for flag in command.unused if flag.dest in typed),

@@ -106,7 +106,7 @@ def test_missing(tmp_path, path):
         read_weights(tmp_path / path, "--teacher")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(2), {"ema": 1}])
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(2), {"ema": 1}, {3: torch.ones(1)}])
 def test_no_weights(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(InputError, match="holds no weights; expected a state dict"):

@@ -100,10 +100,21 @@ def test_script_beats_table(files):
 
 
 def test_notable(files):
-    """What is not a plain default is shown, in the order of the flags."""
-    found = resolve("train", "--data-path", files / "latents", "--lr", 0.5, "--strict")
-    assert all(origin != DEFAULT for _, _, origin in found.notable())
-    assert {"data_path", "image_size", "vae", "num_classes", "lr"} <= {name for name, _, _ in found.notable()}
+    """What is not a plain default is shown, in the order of the flags, and nothing else."""
+    latents = files / "latents"
+    of_latents = f"from {latents}/metadata.json"
+    found = resolve("train", "--data-path", latents, "--lr", 0.5, "--model", "SiT-T/2", "--strict")
+    assert found.notable() == [
+        ("data_path", str(latents), TYPED),
+        ("model", "SiT-T/2", TYPED),
+        ("vae", "none", of_latents),
+        ("image_size", 8, of_latents),
+        ("num_classes", 7, of_latents),
+        ("clip_norm", float("inf"), "SiT trained from scratch"),
+        ("lr", 0.5, TYPED),
+        ("min_lr", 1e-4, "SiT trained from scratch"),
+        ("strict", True, TYPED),
+    ]
     assert found.unused == ("--strict",)
 
 
@@ -225,8 +236,10 @@ def test_nothing_is_fetched(tmp_path, monkeypatch, no_network):
     [
         ({"model": 3}, "model is 3; expected a name"),
         ({"model": "DiT-Q/2"}, "'DiT-Q/2' is not a model name"),
-        ({"model": "DiT-T/2", "num_classes": "ten"}, "num_classes is 'ten'; expected a number of classes"),
-        ({"model": "DiT-T/2", "num_classes": 0}, "num_classes is 0; expected a number of classes"),
+        ({"model": "DiT-T/2", "num_classes": "ten"}, "num_classes is 'ten'; expected a number above 0"),
+        ({"model": "DiT-T/2", "num_classes": 0}, "num_classes is 0; expected a number above 0"),
+        ({"model": "DiT-T/2", "num_classes": True}, "num_classes is True; expected a number above 0"),
+        ({"model": "DiT-T/2", "num_classes": -5}, "num_classes is -5; expected a number above 0"),
         ({"model": "DiT-T/2", "vae": ["none"]}, r"vae is \['none'\]; expected a name"),
     ],
 )
@@ -244,3 +257,17 @@ def test_assumption_about_a_teacher(tmp_path):
     words = ["--load-teacher", str(tmp_path / "bare.pt"), "--data-path", str(tmp_path)]
     origin = importlib.import_module("train_masked_kd").COMMAND.resolve(words).origins["teacher"]
     assert origin.endswith("assumed to be a DiT's; for a SiT say --teacher")
+
+
+@pytest.mark.parametrize(("name", "value"), [("image_size", "8"), ("vae", 3), ("num_classes", 0)])
+def test_impossible_metadata(tmp_path, name, value):
+    metadata = {"image_size": 8, "vae": "none", "num_classes": 3, name: value}
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match=rf"--data-path {tmp_path}/metadata\.json: {name} is {value!r}; expected a"):
+        resolve("train", "--data-path", tmp_path)
+
+
+def test_lists_are_copies(tmp_path):
+    settings = resolve("train", "--data-path", tmp_path)
+    settings.betas[0] = 5
+    assert resolve("train", "--data-path", tmp_path).betas == [0.9, 0.999]
