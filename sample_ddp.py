@@ -17,7 +17,6 @@ from engine.errors import InputError, check_folder, flag_errors
 from engine.flags import SAMPLING_FLAGS, shared
 from families.flags import NEEDED, SYSTEM, Flag, count, path_flag
 
-METRICS = ("is", "fid", "sfid", "pr")
 COMMAND = Command(
     "sample_ddp",
     __doc__,
@@ -52,7 +51,7 @@ SAMPLE_SETTINGS = (
 
 def parse_args(argv=None):
     typed = COMMAND.parse(argv)
-    command = replace(COMMAND, weights=()) if "pack" in typed else COMMAND  # packing needs no weights
+    command = replace(COMMAND, weights=()) if typed.get("pack") else COMMAND  # packing needs no weights
     return command.resolve(typed=typed)
 
 

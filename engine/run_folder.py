@@ -109,7 +109,8 @@ def check_same_settings(path, settings):
     if not path.exists():
         return
     recorded = json.loads(path.read_text())
-    old = plain(recorded.get("settings", recorded))  # flat in folders of earlier versions
+    old = plain(recorded.get("settings", recorded))  # flat in folders of earlier versions, which held the script too
+    old.pop("script", None)
     # Settings that came later have no old value.
     different = [name for name in sorted(old) if name not in FREE and old[name] != settings.get(name)]
     if different:

@@ -152,7 +152,7 @@ def test_folder_of_an_earlier_version(teacher, latents, tmp_path, run_script):
     config = next(tmp_path.iterdir()) / "config.json"
     settings = json.loads(config.read_text(), parse_constant=pytest.fail)["settings"]
     assert settings["clip_norm"] == "inf"
-    config.write_text(json.dumps({**settings, "clip_norm": float("inf")}))
+    config.write_text(json.dumps({**settings, "script": "train", "clip_norm": float("inf")}))
     run_script("train", *words)
     config.write_text(json.dumps({**settings, "lr": 0.5}))
     with pytest.raises(InputError, match=r"--lr 0\.5, now it is 0\.0002"):
