@@ -6,7 +6,7 @@ Example:
 """
 
 from engine.cli import Command, launch
-from engine.errors import InputError, check_writable
+from engine.errors import InputError, RunError, check_writable
 from engine.flags import PRUNING_FLAGS, shared
 from families import stack_layers
 from families.flags import Flag, count
@@ -69,6 +69,10 @@ def main(settings):
     batches = tqdm(batches, total=calibration.count, desc="measuring", disable=not run.is_main)
     clean_steps = settings.num_sampling_steps if settings.clean_latents else None
     scores = measure_influence(net, depth, objective, batches, clean_steps)
+    if not scores.isfinite().all():
+        raise RunError(
+            "scores are not finite; the weights or the latents hold numbers that are not, see --ckpt, --data-path"
+        )
     removed = least_influential(scores, settings.n_pruned)
     kept = [layer for layer in range(depth) if layer not in removed]
     for layer, score in enumerate(scores):

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import time
 import urllib.request
@@ -25,9 +26,20 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def plain(value):
+    """The value as JSON holds it; numbers that JSON does not know, such as infinity, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value if isinstance(value, int | float | bool | str | None) else str(value)
+
+
 def write_json(path, values):
-    """Write `values` as valid JSON; raises ValueError for numbers that JSON does not know, such as infinity."""
-    text = json.dumps(values, indent=1, allow_nan=False)
+    """Write `values` as valid JSON, see `plain`."""
+    text = json.dumps(plain(values), indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
 
 

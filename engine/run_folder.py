@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 import sys
 from pathlib import Path
@@ -10,22 +9,11 @@ from pathlib import Path
 from engine import distributed
 from engine.checkpoint import read_state, save_state
 from engine.errors import InputError, check_folder
-from engine.files import write_atomically, write_json
+from engine.files import plain, write_atomically, write_json
 
 # Settings that may change when the same command resumes a run: they do not change its numbers.
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
 FREE |= {"dry_run"}
-
-
-def plain(value):
-    """The value as JSON holds it; numbers that JSON does not know, such as infinity, as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return value if isinstance(value, int | float | bool | str | None) else str(value)
 
 
 class RunFolder:

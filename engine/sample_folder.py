@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from engine.errors import InputError
-from engine.files import write_json
+from engine.files import plain, write_json
 from engine.images import pack_npz
 from engine.sampling import ImageDraws
 
@@ -19,8 +19,8 @@ class SampleFolder:
     def __init__(self, parent, name, settings, ckpt):
         self.path, info = Path(parent) / name, os.stat(ckpt)
         record = self.path / "sampling.json"
-        self.settings = {**settings, "ckpt": str(ckpt), "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime}
-        old = json.loads(record.read_text()) if record.exists() else self.settings
+        self.settings = plain({**settings, "ckpt": str(ckpt), "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime})
+        old = plain(json.loads(record.read_text())) if record.exists() else self.settings
         different = [name for name in self.settings if old.get(name) != self.settings[name]]
         if different:
             raise InputError(

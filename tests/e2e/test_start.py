@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from engine.checkpoint import read_file
+from engine.checkpoint import read_file, save_weights
+from engine.errors import RunError
 
 TRAIN = ["--global-batch-size", "16", "--num-workers", "0", "--epochs", "1", "--ckpt-every", "3"]
 
@@ -78,3 +79,21 @@ def test_early_averages_are_named(family, latents, tmp_path, run_script, capsys)
         assert "note:" not in capsys.readouterr().out
     assert "note: after 4 steps these averaged weights are 100% the weights that training started from" in said["long"]
     assert "note:" not in said["warm"]  # 1/10 * 2/11 * 3/12 * 4/13 is 0.1 %
+
+
+def test_scores_that_are_not_finite(teacher, latents, tmp_path, run_script):
+    """Nothing is chosen by NaN, and nothing is written."""
+    state = {key: value.clone() for key, value in teacher.state.items()}
+    state["blocks.3.attn.qkv.weight"][0] = float("nan")
+    save_weights(tmp_path / "nan.pt", state, model="DiT-T/2", num_classes=10, vae="none")
+    words = ["--ckpt", tmp_path / "nan.pt", "--data-path", latents, "--n-pruned", 3, "--nsamples", 16]
+    with pytest.raises(RunError, match="scores are not finite"):
+        run_script("prune_by_score", *words, "--save-model", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_infinite_settings_of_samples(teacher, tmp_path, run_script):
+    """They are recorded as text, and a second call finds its folder again."""
+    words = ["--ckpt", teacher.weights, "--num-fid-samples", 2, "--num-sampling-steps", 2, "--sample-dir", tmp_path]
+    for _ in range(2):
+        run_script("sample_ddp", *words, "--cfg-scale", "inf")
