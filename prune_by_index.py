@@ -77,6 +77,8 @@ def main(settings):
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
     weights.check_fit(settings.model, weights.read_config(settings.model))
+    with flag_errors("--kept-indices" if settings.scheme is None else "--pattern", kept):
+        pruned = keep_layers(weights.state, kept)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     if settings.preview:
         plan.check()
@@ -85,7 +87,6 @@ def main(settings):
     print_start(settings, run)
     if settings.dry_run:
         return
-    pruned = keep_layers(weights.state, kept)
     name = save_pruned(run, settings.save_model, pruned, settings.model, space, source=weights.path, **facts)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)

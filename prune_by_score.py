@@ -6,7 +6,7 @@ Example:
 """
 
 from engine.cli import Command, launch
-from engine.errors import InputError, RunError, check_writable
+from engine.errors import InputError, RunError, check_writable, flag_errors
 from engine.flags import PRUNING_FLAGS, shared
 from families import stack_layers
 from families.flags import Flag, count
@@ -78,7 +78,9 @@ def main(settings):
     for layer, score in enumerate(scores):
         run.print(f"layer {layer:2d}  similarity {score:.6f}  {'removed' if layer in removed else 'kept'}")
     facts = {"source": weights.path, "kept": kept, "scores": scores.tolist()}
-    name = save_pruned(run, settings.save_model, keep_layers(weights.state, kept), settings.model, space, **facts)
+    with flag_errors("--n-pruned", settings.n_pruned):
+        pruned = keep_layers(weights.state, kept)
+    name = save_pruned(run, settings.save_model, pruned, settings.model, space, **facts)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
 

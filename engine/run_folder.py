@@ -35,13 +35,17 @@ class RunFolder:
             check_same_settings(self.path / "config.json", self.settings)
 
     def open(self):
-        """Make the folder, write config.json and start the log, from the main process."""
+        """Make the folder and start the log, from the main process."""
         distributed.barrier()
         if distributed.is_main():
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", self.about)
             self.logger = open_log(self.path / "log.txt")
         distributed.barrier()
+
+    def write_config(self):
+        """Write config.json, from the main process; when the run is sure to go on, or it would refuse the right one."""
+        if distributed.is_main():
+            write_json(self.path / "config.json", self.about)
 
     def log(self, text):
         """Write a line to the screen and to log.txt, from the main process."""

@@ -89,6 +89,7 @@ class Trainer:
         Raises RunError on all processes when a loss is not finite.
         """
         self.resume(folder)
+        folder.write_config()
         total, options = data.total_steps, self.options
         if self.steps >= total:
             folder.log(f"nothing left to train: {total} of {total} steps are done, the last state is in {folder.path}")

@@ -104,3 +104,9 @@ def test_plain_training_has_settings_of_its_own(family, latents):
     assert args.lr == FAMILIES[family.name].scratch.get("lr", 2e-4)
     recovery = train.parse_args(["--load-weight", str(family.student), "--data-path", str(latents)])
     assert (recovery.model, recovery.lr, recovery.weight_decay) == (family.half, 2e-4, 0.0)
+
+
+def test_no_stack_may_be_empty(make_family, tmp_path, run_script):
+    words = ["--ckpt", make_family("MAR").weights, "--kept-indices", "0,1", "--save-model", tmp_path / "out.pt"]
+    with pytest.raises(InputError, match=r"--kept-indices \[0, 1\]: no layer of decoder_blocks"):
+        run_script("prune_by_index", *words, "--dry-run")

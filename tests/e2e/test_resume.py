@@ -157,3 +157,15 @@ def test_folder_of_an_earlier_version(teacher, latents, tmp_path, run_script):
     config.write_text(json.dumps({**settings, "lr": 0.5}))
     with pytest.raises(InputError, match=r"--lr 0\.5, now it is 0\.0002"):
         run_script("train", *words)
+
+
+def test_refused_state_leaves_the_folder(teacher, latents, tmp_path, run_script):
+    """A state of another model is refused, and the folder still belongs to the run that made it."""
+    words = command("train", teacher, latents, tmp_path)
+    run_script("train", *words)
+    config = tmp_path / "DiT-T-D6-2" / "config.json"
+    before = config.read_bytes()
+    with pytest.raises(InputError, match="not a training state of this model"):
+        run_script("train", *words, "--lr", "0.5", "--resume", teacher.checkpoint)
+    assert config.read_bytes() == before
+    run_script("train", *words)
