@@ -12,9 +12,8 @@ import sys
 
 from engine.cli import Command, launch
 from engine.errors import InputError, check_folder, check_writable, flag_errors
+from evaluation import METRICS
 from families.flags import NEEDED, SYSTEM, Flag, count, path_flag, switch
-
-METRICS = ("is", "fid", "sfid", "pr")
 
 
 def metric_list(text):

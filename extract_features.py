@@ -5,7 +5,7 @@ Example:
 """
 
 from engine.cli import Command, launch, unused_flags
-from engine.errors import InputError, RunError, check_folder
+from engine.errors import RunError, check_folder
 from engine.flags import shared
 from families.flags import SYSTEM, Flag, count, path_flag
 
@@ -34,12 +34,7 @@ def main(settings):
     from engine.start import print_start
     from engine.vae import LatentSpace
 
-    pictures = list_images(settings.data_path)
-    if len(pictures.classes) > settings.num_classes:
-        raise InputError(
-            f"--num-classes {settings.num_classes}: --data-path {settings.data_path} has "
-            f"{len(pictures.classes)} classes"
-        )
+    pictures = list_images(settings.data_path, settings.num_classes)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     check_folder("--features-path", settings.features_path)
     run = Run(settings.device, settings.precision, settings.global_seed, one_thread=True)

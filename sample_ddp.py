@@ -33,20 +33,11 @@ COMMAND = Command(
     kinds=("sample",),
     weights=(("ckpt", "model"),),
 )
+# What pictures depend on, besides the family's own flags and the weights.
 SAMPLE_SETTINGS = (
-    "model",
-    "vae",
-    "image_size",
-    "num_classes",
-    "cfg_scale",
-    "num_sampling_steps",
-    "global_seed",
-    "no_ema",
-    "tf32",
-    "compile",
-    "precision",
-    "per_proc_batch_size",
-)  # fmt: skip  (what pictures depend on, besides the family's own flags)
+    *("model", "vae", "image_size", "num_classes", "cfg_scale", "num_sampling_steps", "global_seed", "no_ema"),
+    *("tf32", "compile", "precision", "per_proc_batch_size"),
+)
 
 
 def parse_args(argv=None):
@@ -89,8 +80,9 @@ def sample_missing(run, plan, folder, batches, missing, seed):
 
 def open_reference(path, samples):
     """The evaluator's reference images, checked before any sampling."""
+    from evaluation import METRICS
     from evaluation.batches import open_images
-    from evaluation.evaluate import METRICS, check
+    from evaluation.evaluate import check
 
     with flag_errors("--evaluate", path):
         reference = open_images(path)
@@ -102,8 +94,9 @@ def open_reference(path, samples):
 
 def run_evaluator(run, reference, flag_value, path, inception):
     """What evaluator.py prints for these samples; all processes share the features."""
+    from evaluation import METRICS
     from evaluation.batches import open_images
-    from evaluation.evaluate import METRICS, evaluate, list_warnings, load_extractor
+    from evaluation.evaluate import evaluate, list_warnings, load_extractor
 
     with flag_errors("--evaluate", flag_value):
         samples = open_images(path)

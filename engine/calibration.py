@@ -63,12 +63,8 @@ class Calibration:
 
     def _open_pictures(self, device, in_channels):
         """The same, encoding pictures."""
-        paths, labels, classes = list_images(self.data_path)
         space, size = self.space, self.space.image_size
-        if len(classes) > space.num_classes:
-            raise InputError(
-                f"--num-classes {space.num_classes}: --data-path {self.data_path} has {len(classes)} classes"
-            )
+        paths, labels, _ = list_images(self.data_path, space.num_classes)
         codec = space.load_codec(device)
 
         def read(images, mirrored):

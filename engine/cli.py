@@ -40,6 +40,10 @@ class Command:
         rows = [flag for family in FAMILIES.values() for flag in family.own_flags(self.kinds or ())]
         return list({flag.dest: flag for flag in rows}.values())
 
+    def owners(self, flag):
+        """Names of the families that have a flag."""
+        return [family.name for family in FAMILIES.values() if flag in family.own_flags(self.kinds)]
+
     def flags(self):
         """All flags: the script's own, shared ones, families', unused ones."""
         return [*self.own, *self.shared, *self.family_flags(), *self.unused]
@@ -158,8 +162,7 @@ def describe_default(command, flag):
         else flag.shown or " ".join(map(str, as_list(flag.default)))
     )
     if flag.group == FAMILY:
-        owners = [family.name for family in FAMILIES.values() if flag in family.own_flags(command.kinds)]
-        return f"({', '.join(owners)}; default: {default})"
+        return f"({', '.join(command.owners(flag))}; default: {default})"
     others = {family.name: family.defaults_for(command.name).get(flag.dest) for family in FAMILIES.values()}
     shown = [f"{name}: {value}" for name, value in others.items() if value not in (None, flag.default)]
     return f"(default: {'; '.join([default, *shown] if command.kinds is not None else [default])})"

@@ -7,7 +7,7 @@ from engine.checkpoint import Weights
 from engine.errors import InputError, flag_errors
 from engine.settings import DEFAULT
 from engine.vae import check_vae, shrink_factor
-from families import FAMILIES, family_of, model_config
+from families import family_of, model_config
 
 
 def add_models(layers, command, typed):
@@ -35,8 +35,8 @@ def add_models(layers, command, typed):
     for flag in command.family_flags():
         if flag.dest in typed and flag.dest not in own:
             shown = typed[flag.dest] if flag.positional else flag.option
-            owners = [other.name for other in FAMILIES.values() if flag in other.own_flags(command.kinds)]
-            raise InputError(f"{shown}: is for {' and '.join(owners)}, but --model {model} is a {family.name}")
+            owners = " and ".join(command.owners(flag))
+            raise InputError(f"{shown}: is for {owners}, but --model {model} is a {family.name}")
     return weights
 
 

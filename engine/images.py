@@ -23,8 +23,11 @@ class PictureList(NamedTuple):
     classes: list
 
 
-def list_images(folder, flag="--data-path"):
-    """The PictureList of a folder with one subfolder per class, all in sorted order."""
+def list_images(folder, num_classes=None):
+    """The PictureList of --data-path, a folder with one subfolder per class, all in sorted order.
+
+    Raises InputError for a folder without pictures, or with more than `num_classes` subfolders.
+    """
     folder = Path(folder)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     paths, labels = [], []
@@ -34,8 +37,11 @@ def list_images(folder, flag="--data-path"):
         labels += [label] * len(found)
     if not paths:
         raise InputError(
-            f"{flag} {folder}: no images; expected one subfolder per class with {', '.join(PICTURE_SUFFIXES)} files"
+            f"--data-path {folder}: no images; expected one subfolder per class with files such as "
+            f"{', '.join(PICTURE_SUFFIXES)}"
         )
+    if num_classes is not None and len(classes) > num_classes:
+        raise InputError(f"--num-classes {num_classes}: --data-path {folder} has {len(classes)} classes")
     return PictureList(paths, labels, classes)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.files import write_atomically
+from evaluation import METRICS
 from evaluation.batches import STATISTICS, digest
 from evaluation.metrics import (
     FeatureStatistics,
@@ -19,7 +20,6 @@ from evaluation.metrics import (
     precision_recall,
 )
 
-METRICS = ("is", "fid", "sfid", "pr")
 LABELS = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 TAPS = {"fid": ("pool", "mu", "sigma"), "sfid": ("spatial", "mu_s", "sigma_s")}  # metric: features, mean, covariance

@@ -58,6 +58,7 @@ def describe_shapes(shapes, name=None):
     family = MAR if any(key.startswith("encoder_blocks.") for key in shapes) else DIT
     family = family_of(name) if name else family
     try:
-        return family.describe_shapes(shapes)
+        told = family.read_shapes(shapes)
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"not the weights of a {family.name} ({error})") from None
+    return {"model": write_name(family, told["hidden_size"], told["depths"], told.pop("patch_size")), **told}

@@ -2,7 +2,6 @@
 
 from families.family import Family, Latents, Release
 from families.flags import FAMILY, Flag, count, share, switch
-from families.names import write_name
 
 SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
@@ -47,7 +46,7 @@ def with_stacks(depths):
 
 
 def read_shapes(shapes):
-    """Constructor arguments that the shapes of a state dict tell, with `depths` and `patch_size`."""
+    """See families.family.Family."""
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     tokens, rows = shapes["pos_embed"][1], shapes["y_embedder.embedding_table.weight"][0]
     blocks = [int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")]
@@ -60,12 +59,6 @@ def read_shapes(shapes):
         "num_classes": rows - 1,
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
     }
-
-
-def describe_shapes(shapes):
-    """See families.describe_shapes."""
-    told = read_shapes(shapes)
-    return {"model": write_name(DIT, told["hidden_size"], told["depths"], told.pop("patch_size")), **told}
 
 
 def make_objective():
@@ -125,7 +118,7 @@ DIT = Family(
     sampler_label=sampler_label,
     stacks=stacks,
     with_stacks=with_stacks,
-    describe_shapes=describe_shapes,
+    read_shapes=read_shapes,
     flags={
         "sample": (
             Flag(

@@ -50,7 +50,7 @@ class Family:
     sampler_label: Callable  # (num_sampling_steps, **flags of kind "sample") -> word for the names of samples
     stacks: Callable  # constructor arguments -> layers of every stack
     with_stacks: Callable  # layers of every stack -> constructor arguments
-    describe_shapes: Callable  # {key: shape} of a state dict -> what it tells, see families.describe_shapes
+    read_shapes: Callable  # {key: shape} of a state dict -> constructor arguments that it tells, and `depths` of stacks
     flags: dict  # kind ("train", "sample", "score") -> Flags that not all families have
     check_sampler: Callable = lambda config, **flags: None  # ValueError if sampler and network do not fit
     defaults: dict = field(default_factory=dict)  # script or "all" -> defaults of shared flags

@@ -2,7 +2,6 @@
 
 from families.family import Family, Latents
 from families.flags import FAMILY, Flag, amount, count, share, switch
-from families.names import write_name
 
 FIELDS = (
     "hidden_size", "encoder_depth", "decoder_depth", "num_heads", "head_depth", "head_width", "buffer_size",
@@ -48,15 +47,15 @@ def with_stacks(depths):
     return {"encoder_depth": encoder, "decoder_depth": decoder}
 
 
-def describe_shapes(shapes):
-    """See families.describe_shapes. The patch size is that of the size with this width."""
+def read_shapes(shapes):
+    """See families.family.Family. The patch size is that of the size with this width."""
     width, token_width = shapes["z_proj.weight"]
     patches = {config["hidden_size"]: config["patch_size"] for config in MAR.models.values()}
     patch = patches.get(width, 1)
     depths = tuple(count_blocks(shapes, stack) for stack in ("encoder_blocks", "decoder_blocks"))
     return {
-        "model": write_name(MAR, width, depths, patch),
         "hidden_size": width,
+        "patch_size": patch,
         "depths": depths,
         "in_channels": token_width // patch**2,
         "input_size": patch * round(shapes["diffusion_pos_embed_learned"][1] ** 0.5),
@@ -117,7 +116,7 @@ MAR = Family(
     sampler_label=sampler_label,
     stacks=stacks,
     with_stacks=with_stacks,
-    describe_shapes=describe_shapes,
+    read_shapes=read_shapes,
     flags={
         "train": (
             Flag("mask-ratio-min", "smallest share of hidden tokens", 0.7, type=share, group=FAMILY),

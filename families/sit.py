@@ -5,19 +5,12 @@ from dataclasses import replace
 from families.dit import CFG_CHANNELS, DIT, SD_VAE, name_sizes, read_shapes, stacks, with_stacks
 from families.family import Family
 from families.flags import FAMILY, Flag, amount, share, switch
-from families.names import write_name
 
 PATHS = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise")
 LOSS_WEIGHTS = ("velocity", "likelihood")
 NOISE_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("None", "Mean", "Tweedie", "Euler")
-
-
-def describe_shapes(shapes):
-    """See families.describe_shapes."""
-    told = read_shapes(shapes)
-    return {"model": write_name(SIT, told["hidden_size"], told["depths"], told.pop("patch_size")), **told}
 
 
 def make_objective(*, path_type, prediction, loss_weight, train_eps):
@@ -65,7 +58,7 @@ SIT = Family(
     sampler_label=sampler_label,
     stacks=stacks,
     with_stacks=with_stacks,
-    describe_shapes=describe_shapes,
+    read_shapes=read_shapes,
     flags={
         "train": (
             *PATH_FLAGS,

@@ -1,5 +1,7 @@
 """How runs start: what they say, what a dry run leaves, and which weights of a training state they take."""
 
+import json
+
 import pytest
 import torch
 
@@ -97,3 +99,5 @@ def test_infinite_settings_of_samples(teacher, tmp_path, run_script):
     words = ["--ckpt", teacher.weights, "--num-fid-samples", 2, "--num-sampling-steps", 2, "--sample-dir", tmp_path]
     for _ in range(2):
         run_script("sample_ddp", *words, "--cfg-scale", "inf")
+    (record,) = tmp_path.glob("*/sampling.json")
+    assert json.loads(record.read_text(), parse_constant=pytest.fail)["cfg_scale"] == "inf"
