@@ -43,8 +43,6 @@ def parse_args(argv=None):
     settings = COMMAND.resolve(argv)
     if (settings.kept_indices is None) == (settings.scheme is None):
         raise InputError("--kept-indices or --scheme: give one of them, to say which layers stay")
-    if not settings.save_model:
-        raise InputError("--save-model: missing; name the file for the pruned weights")
     return settings
 
 
@@ -74,6 +72,7 @@ def main(settings):
 
     check_writable("--save-model", settings.save_model)
     kept, facts = choose_layers(settings.kept_indices, settings.pattern, sum(stack_layers(settings.model)))
+    run = Run(settings.device, seed=settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
     weights.check_fit(settings.model, weights.read_config(settings.model))
@@ -82,7 +81,6 @@ def main(settings):
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     if settings.preview:
         plan.check()
-    run = Run(settings.device, seed=settings.seed)
     run.print(f"kept layers {kept}")
     print_start(settings, run)
     if settings.dry_run:

@@ -69,11 +69,11 @@ def main(settings):
     from diffusion.objectives import TrainStep
     from engine.data import network_config
     from engine.distributed import barrier
-    from engine.networks import NetworkStart, count_state_bytes
+    from engine.networks import NetworkStart, StateSketch
     from engine.pruned import save_pruned
     from engine.run import Run, cast_frozen_weights
     from engine.run_folder import run_path
-    from engine.start import describe_sizes, open_data, start_training
+    from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.gates import GateSchedule, decide, set_routing
     from pruning.lora import weight_update
@@ -81,13 +81,12 @@ def main(settings):
     from pruning.surgery import keep_layers
 
     groups = choose_groups(settings.model, settings.pattern)
+    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
     check_writable("--save-model", save_model)
     space, data = open_data(settings)
     original = settings.weights["load_weight"]
     start = NetworkStart(settings.model, {**network_config(data.dataset, space), "groups": groups}, original)
-
-    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
 
     def add_update(net):
         """Choose what is trained besides the gates; returns these parameters."""
@@ -97,9 +96,8 @@ def main(settings):
 
     sketch = start.build_without_memory()
     add_update(sketch)
-    state_bytes = count_state_bytes(sketch, sketch.gumbel_gates)
-    sizes = describe_sizes(data, {"network": start}, state_bytes, settings.ckpt_every)
-    folder = start_training(settings, run, sizes, start.describe(space))
+    state = StateSketch(sketch, sketch.gumbel_gates)
+    folder = start_training(settings, run, data, {"network": start}, state, start.describe(space))
     if folder is None:
         return
 

@@ -39,8 +39,6 @@ def main(settings):
     from pruning.scores import least_influential, measure_influence
     from pruning.surgery import keep_layers
 
-    if not settings.save_model:
-        raise InputError("--save-model: missing; name the file for the pruned weights")
     check_writable("--save-model", settings.save_model)
     depth = sum(stack_layers(settings.model))
     if settings.n_pruned >= depth:
@@ -49,6 +47,7 @@ def main(settings):
         )
     if settings.nsamples < settings.batch_size:
         raise InputError(f"--nsamples {settings.nsamples}: less than one batch; take {settings.batch_size} or more")
+    run = Run(settings.device, seed=settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
     config = weights.read_config(settings.model)
@@ -57,7 +56,6 @@ def main(settings):
     if settings.preview:
         plan.check()
 
-    run = Run(settings.device, seed=settings.seed)
     calibration = settings.make(Calibration, space=space)
     batches = calibration.batches(run.device, config["in_channels"])
     print_start(settings, run)

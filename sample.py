@@ -42,11 +42,11 @@ def main(settings):
     for label in labels:
         if not 0 <= label < settings.num_classes:
             raise InputError(f"--labels {labels}: has {label}, but the classes are 0..{settings.num_classes - 1}")
+    run = Run(settings.device, settings.precision, settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
-    output = settings.output or name_output(weights.path, settings)
+    output = settings.output or name_output(weights.name, settings)
     check_writable("--output", output)
-    run = Run(settings.device, settings.precision, settings.seed)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     plan.check()
 

@@ -128,11 +128,11 @@ def main(settings):
     check_folder("--sample-dir", settings.sample_dir)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights, own, n = settings.weights["ckpt"], settings.own("sample"), settings.num_fid_samples
+    run = Run(settings.device, settings.precision, settings.global_seed, tf32=settings.tf32, one_thread=True)
+    reference = open_reference(settings.evaluate, n) if settings.evaluate else None
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=own)
     plan.check()
-    reference = open_reference(settings.evaluate, n) if settings.evaluate else None
 
-    run = Run(settings.device, settings.precision, settings.global_seed, tf32=settings.tf32, one_thread=True)
     made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own
     folder = SampleFolder(settings.sample_dir, name_folder(settings, weights.path), made_with, weights.path)
     print_start(settings, run)

@@ -25,19 +25,18 @@ parse_args = COMMAND.resolve
 def main(settings):
     from diffusion.objectives import TrainStep
     from engine.data import network_config
-    from engine.networks import NetworkStart
+    from engine.networks import NetworkStart, StateSketch
     from engine.optim import Recipe
     from engine.run import Run
-    from engine.start import describe_sizes, open_data, start_training
+    from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
 
+    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     family = settings.family
     space, data = open_data(settings)
     start = NetworkStart(settings.model, network_config(data.dataset, space), settings.weights.get("load_weight"))
-
-    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
-    sizes = describe_sizes(data, {"network": start}, start.count_state_bytes(), settings.ckpt_every)
-    folder = start_training(settings, run, sizes, start.describe(space))
+    sketch, networks = start.build_without_memory(), {"network": start}
+    folder = start_training(settings, run, data, networks, StateSketch(sketch, sketch), start.describe(space))
     if folder is None:
         return
 

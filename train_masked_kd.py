@@ -15,7 +15,7 @@ COMMAND = Command(
     "train_masked_kd",
     __doc__,
     own=(
-        path_flag("load-teacher", "weights of the teacher", shown="none; it must be given"),
+        path_flag("load-teacher", "weights of the teacher, averaged if there are any", shown="none; must be given"),
         Flag("teacher", "network of the teacher", "DiT-XL/2", type=model_name, group=NEEDED, metavar="NAME"),
         Flag(
             "pattern",
@@ -59,15 +59,16 @@ def pair_layers(model, teacher, pattern, recorded):
 
 def main(settings):
     from engine.data import network_config
-    from engine.networks import NetworkStart
+    from engine.networks import NetworkStart, StateSketch
     from engine.optim import Recipe
     from engine.run import Run, compile_blocks
-    from engine.start import describe_sizes, open_data, start_training
+    from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.distillation import DistillStep, feature_weight
 
     if not settings.load_teacher:
         raise InputError("--load-teacher: missing; give the weights of the network to learn from")
+    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     family = settings.family
     space, data = open_data(settings)
     config, weights = network_config(data.dataset, space), settings.weights.get("load_weight")
@@ -75,11 +76,9 @@ def main(settings):
     recorded = start.describe(space).get("pattern")
     pairs = pair_layers(settings.model, settings.teacher, settings.pattern, recorded)
     teacher_start = NetworkStart(settings.teacher, config, settings.weights["load_teacher"], "--teacher")
-
-    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     networks = {"student": start, "teacher": teacher_start}
-    sizes = describe_sizes(data, networks, start.count_state_bytes(), settings.ckpt_every)
-    folder = start_training(settings, run, sizes, start.describe(space))
+    sketch = start.build_without_memory()
+    folder = start_training(settings, run, data, networks, StateSketch(sketch, sketch), start.describe(space))
     if folder is None:
         return
 

@@ -189,7 +189,7 @@ def damage_errors(path, flag):
 
 
 def missing_file(path, flag):
-    return InputError(f"{flag} {path}: no such file; expected a file of weights")
+    return InputError(f"{flag} {path}: no such file; expected a checkpoint (.pt or .safetensors)")
 
 
 def damaged_file(path, flag):

@@ -82,7 +82,8 @@ class ShortParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of sixty flags."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        advice = "; --help says what they are" if message.startswith("the following arguments") else ""
+        self.exit(2, f"{self.prog}: error: {message}{advice}\n")
 
 
 def make_parser(command):

@@ -21,11 +21,14 @@ def flag_errors(flag, value):
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{flag} {value}: {error}") from None
+        reason = str(error).removeprefix(f"{value}: ")  # some name the file themselves
+        raise InputError(f"{flag} {value}: {reason}") from None
 
 
 def check_writable(flag, path):
     """Raise InputError unless a file can be made at `path`; makes nothing that stays."""
+    if not path:
+        raise InputError(f"{flag}: missing; name the file to write")
     path = Path(path)
     if path.is_dir() or not path.name:
         raise InputError(f"{flag} {path}: is a folder; name a file in it")

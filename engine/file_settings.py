@@ -92,8 +92,8 @@ def add_weights(layers, weights, option, typed, is_first):
     if named and "model" in facts and family_of(named) is not family_of(facts["model"]):
         asked, held = family_of(named).name, family_of(facts["model"]).name
         raise InputError(
-            f"--{option} {named}: is a {asked}, but {weights.flag} {weights.name} holds a {held} ({facts['model']}, by "
-            f"the facts beside it); take a model of {held}, or other weights"
+            f"--{option} {named}: is a {asked}, but {weights.flag} {weights.name} holds a {held} "
+            f"({facts['model']}, by what is known of it); take a model of {held}, or other weights"
         )
     keys = ("num_classes", "vae", "image_size") if is_first else ()
     origin = f"the published {weights.name}" if weights.release else f"from {weights.name}.json"
@@ -108,7 +108,8 @@ def add_weights(layers, weights, option, typed, is_first):
     if is_first:
         latents = family_of(facts.get("model") or told["model"] or "DiT").latents
         vae = typed.get("vae") or facts.get("vae") or latents.usual
-        check_vae(vae, latents)
+        with flag_errors("--vae" if typed.get("vae") else f"{weights.flag} {weights.name}.json, vae", vae):
+            check_vae(vae, latents)
         size = told["input_size"] * shrink_factor(vae, latents)
         layers.add({"num_classes": told["num_classes"], "image_size": size}, origin)
 

@@ -46,11 +46,6 @@ class NetworkStart:
         named = self.build_without_memory().named_parameters()
         return sum(p.numel() for name, p in named if not name.startswith(GATES))
 
-    def count_state_bytes(self):
-        """Bytes of a training state if all weights are trained and averaged."""
-        sketch = self.build_without_memory()
-        return count_state_bytes(sketch, sketch)
-
     def describe(self, space):
         """Facts to record with weights of this network, which works on an engine.vae.LatentSpace."""
         source = self.weights.name if self.weights else None
@@ -59,7 +54,27 @@ class NetworkStart:
         return facts | {name: known[name] for name in ("kept", "pattern") if name in known}
 
 
-def count_state_bytes(net, averaged):
-    """Bytes of a training state: weights, averaged copy, and AdamW's two averages of everything that is trained."""
-    weights = sum(t.nbytes for module in (net, averaged) for t in module.state_dict().values())
-    return weights + sum(8 * p.numel() for p in net.parameters() if p.requires_grad)
+@dataclass(frozen=True)
+class StateSketch:
+    """What a training state will hold, without memory: the network as it is trained, and the part that is averaged."""
+
+    net: torch.nn.Module
+    averaged: torch.nn.Module
+
+    def count_bytes(self):
+        """Bytes of weights, averaged copy, and AdamW's two averages of everything that is trained."""
+        weights = sum(t.nbytes for module in (self.net, self.averaged) for t in module.state_dict().values())
+        return weights + sum(8 * p.numel() for p in self.net.parameters() if p.requires_grad)
+
+    def check(self, state, path):
+        """Raise InputError, naming the first difference, unless the state read from `path` is one of this network."""
+        for entry, module in (("model", self.net), ("ema", self.averaged)):
+            expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+            held = state.get(entry)
+            found = {key: tuple(value.shape) for key, value in held.items()} if isinstance(held, dict) else {}
+            if found != expected:
+                key = min(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
+                raise InputError(
+                    f"--resume {path}: not a training state of this model: {key} in its {entry} is "
+                    f"{found.get(key, 'missing')}, expected {expected.get(key, 'none')}; take another file"
+                )

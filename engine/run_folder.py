@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from engine import distributed
-from engine.checkpoint import read_state, save_state
+from engine.checkpoint import save_state
 from engine.errors import InputError, check_folder
 from engine.files import plain, write_atomically, write_json
+from engine.settings import TYPED
 
 # Settings that may change when the same command resumes a run: they do not change its numbers.
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
@@ -28,11 +29,9 @@ class RunFolder:
         self.path, self.facts, self.resume_from, self.logger = Path(path), facts, resume, None
         self.about = plain(about)
         self.settings = {name: value for name, value in self.about["settings"].items() if name not in FREE}
-        if resume:
-            read_state(resume)
         check_folder("--results-dir", self.path / "checkpoints")
         if not resume:
-            check_same_settings(self.path / "config.json", self.settings)
+            check_same_settings(self.path / "config.json", self.settings, self.about["origins"])
 
     def open(self):
         """Make the folder and start the log, from the main process."""
@@ -96,18 +95,20 @@ def run_path(parent, prefix, model):
     return Path(parent) / "-".join(filter(None, [prefix, model.replace("/", "-")]))
 
 
-def check_same_settings(path, settings):
+def check_same_settings(path, settings, origins):
     """Raise InputError if config.json at `path` records a run with other settings."""
     if not path.exists():
         return
     recorded = json.loads(path.read_text())
     old = plain(recorded.get("settings", recorded))  # flat in folders of earlier versions, which held the script too
     old.pop("script", None)
-    # Settings that came later have no old value.
     different = [name for name in sorted(old) if name not in FREE and old[name] != settings.get(name)]
+    # Settings that came later than the record are as they were, unless they were typed.
+    different += [name for name in settings if name not in old and origins.get(name) == TYPED]
     if different:
-        flag = "--" + different[0].replace("_", "-")
+        name = different[0]
         raise InputError(
-            f"--results-dir and --prefix: {path.parent} holds a run with {flag} {old[different[0]]}, now it is "
-            f"{settings.get(different[0])}; take another --prefix, or repeat the old command to resume"
+            f"--results-dir and --prefix: {path.parent} holds a run with --{name.replace('_', '-')} "
+            f"{old.get(name, 'not set')}, now it is {settings.get(name)}; take another --prefix, or repeat the old "
+            "command to resume"
         )

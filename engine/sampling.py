@@ -60,9 +60,14 @@ class SamplingPlan:
             raise InputError(
                 f"--model {self.model}: has gates; prune with it first, then sample from the pruned weights"
             )
+        self.make_sampler()  # before the weights, which may have to be fetched
         config = self.config
         self.weights.check_fit(self.model, config)
-        self.make_sampler()
+        if self.space.channels != config["in_channels"]:
+            raise InputError(
+                f"--vae {self.space.vae}: has {self.space.channels} channels, but {self.weights.flag} "
+                f"{self.weights.name} works on {config['in_channels']}; take the autoencoder it was trained with"
+            )
         with flag_errors("--model", self.model):
             family_of(self.model).check_sampler({**model_config(self.model), **config}, **self.own)
 
@@ -78,13 +83,8 @@ class SamplingPlan:
             return family_of(self.model).make_sampler(self.num_sampling_steps, self.cfg_scale, **self.own)
 
     def load(self, run):
-        """A PictureSampler. Raises InputError if the autoencoder is not that of the weights."""
+        """A PictureSampler, ready to draw."""
         config, codec = self.config, self.space.load_codec(run.device)
-        if codec.channels != config["in_channels"]:
-            raise InputError(
-                f"--vae {self.space.vae}: has {codec.channels} channels, but {self.weights.flag} {self.weights.name} "
-                f"works on {config['in_channels']}; take the autoencoder it was trained with"
-            )
         net = run.freeze(self.weights.build(self.model, config, run.device))
         if self.compile:
             compile_blocks(net)

@@ -2,12 +2,14 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engine.checkpoint import read_state
 from engine.data import TrainingData, open_latents
 from engine.optim import share_of_start
 from engine.run_folder import RunFolder, run_path
@@ -35,7 +37,7 @@ def describe_settings(settings):
 def describe_environment(run):
     """What a run depends on besides its settings, for config.json."""
     return {
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "device": str(run.device),
         "precision": run.precision,
         "processes": run.world,
@@ -60,10 +62,7 @@ def find_version(package):
 
 
 def describe_sizes(data, networks, state_bytes, ckpt_every):
-    """Sizes of a training run, for config.json: data, networks, steps, and the disk that its states take.
-
-    networks: {word: engine.networks.NetworkStart}. state_bytes: of one state, see engine.networks.count_state_bytes.
-    """
+    """Sizes of a training run, for config.json: data, networks, steps, and the disk that its states take."""
     return {
         "images": len(data.dataset),
         "steps": data.total_steps,
@@ -91,12 +90,14 @@ def open_data(settings):
     return space, settings.make(TrainingData, dataset=open_latents(settings.data_path, space))
 
 
-def start_training(settings, run, sizes, facts):
+def start_training(settings, run, data, networks, sketch, facts):
     """Open the RunFolder of a training run and say in its log how it starts.
 
-    sizes: see describe_sizes. facts: to record with every state. With --dry-run all of it is printed, nothing is
-    written, and None is returned. Raises InputError for a folder that holds another run.
+    networks: {word: engine.networks.NetworkStart}. sketch: the engine.networks.StateSketch of its states. facts: to
+    record with every state. With --dry-run all of it is printed, nothing is written, and None is returned. Raises
+    InputError for a folder that holds another run, or a state of another network.
     """
+    sizes = describe_sizes(data, networks, sketch.count_bytes(), settings.ckpt_every)
     about = {
         "settings": settings.values,
         "origins": settings.origins,
@@ -105,6 +106,9 @@ def start_training(settings, run, sizes, facts):
     }
     path = run_path(settings.results_dir, settings.prefix, settings.model)
     folder = RunFolder(path, about, facts, settings.resume)
+    newest = folder.newest_state()
+    if newest:
+        sketch.check(read_state(newest), newest)
     lines = [
         f"command: {about['environment']['command']}",
         f"{run.world} process(es), {run.device.type}, {run.precision}, folder {path}",

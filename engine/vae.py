@@ -27,7 +27,8 @@ class LatentSpace:
     latents: Latents
 
     def __post_init__(self):
-        check_vae(self.vae, self.latents)
+        with flag_errors("--vae", self.vae):
+            check_vae(self.vae, self.latents)
         factor = shrink_factor(self.vae, self.latents)
         if self.image_size % factor:
             raise InputError(f"--image-size {self.image_size}: expected a multiple of {factor}, by which --vae shrinks")
@@ -36,6 +37,13 @@ class LatentSpace:
     def size(self):
         """Height and width of the latents."""
         return self.image_size // shrink_factor(self.vae, self.latents)
+
+    @property
+    def channels(self):
+        """Channels that the network works on."""
+        if self.vae == "none":
+            return Pixels.channels
+        return read_autoencoder(self.vae, self.latents)[1]
 
     def load_codec(self, device, channels_last=False):
         """The families.protocols.Codec; channels_last: see AutoencoderCodec.
@@ -96,24 +104,26 @@ class AutoencoderCodec:
 
 def shrink_factor(name, latents):
     """Pixels per latent, along one side: of the family's autoencoder, of the one in a local folder, or 1 for none."""
-    if name == "none":
-        return 1
+    return 1 if name == "none" else read_autoencoder(name, latents)[0]
+
+
+def read_autoencoder(name, latents):
+    """(shrink factor, latent channels) of the family's autoencoder, or of the one in a local folder."""
     if name in latents.hub or os.path.isfile(name):
-        return latents.factor
+        return latents.factor, latents.channels
     try:
-        return 2 ** (len(json.loads((Path(name) / "config.json").read_text())["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError):
+        config = json.loads((Path(name) / "config.json").read_text())
+        return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"--vae {name}: no config.json of a diffusers AutoencoderKL; expected such a folder") from None
 
 
 def check_vae(name, latents):
-    """Raise InputError unless --vae is a known short name, none, a folder or, for MAR, a file."""
+    """Raise ValueError unless an autoencoder's name is a known short name, none, a folder or, for MAR, a file."""
     is_kl16_file = os.path.isfile(name) and latents.moments
     if name != "none" and name not in latents.hub and not os.path.isdir(name) and not is_kl16_file:
         expected = ", ".join([*latents.hub, "none"])
-        raise InputError(
-            f"--vae {name}: no such folder; expected {expected} or a folder with a diffusers AutoencoderKL"
-        )
+        raise ValueError(f"no such folder; expected {expected} or a folder with a diffusers AutoencoderKL")
 
 
 def load_autoencoder(name, latents):

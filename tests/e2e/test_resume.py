@@ -169,3 +169,24 @@ def test_refused_state_leaves_the_folder(teacher, latents, tmp_path, run_script)
         run_script("train", *words, "--lr", "0.5", "--resume", teacher.checkpoint)
     assert config.read_bytes() == before
     run_script("train", *words)
+
+
+def test_dry_run_checks_the_state(family, latents, tmp_path, run_script):
+    """Another model's state is refused, by its first difference, before a dry run says that all is well."""
+    words = command("train", family, latents, tmp_path)
+    with pytest.raises(InputError, match=r"not a training state of this model: \S+ in its model is \(.*expected none"):
+        run_script("train", *words, "--resume", family.checkpoint, "--dry-run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_came_later(teacher, latents, tmp_path, run_script):
+    """A record that does not know a flag continues without it, and not with it."""
+    words = command("train", teacher, latents, tmp_path)
+    run_script("train", *words)
+    config = next(tmp_path.iterdir()) / "config.json"
+    about = json.loads(config.read_text())
+    del about["settings"]["ema_warmup"]
+    config.write_text(json.dumps(about))
+    with pytest.raises(InputError, match="--ema-warmup not set, now it is True"):
+        run_script("train", *words, "--ema-warmup")
+    run_script("train", *words)

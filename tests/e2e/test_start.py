@@ -1,12 +1,14 @@
 """How runs start: what they say, what a dry run leaves, and which weights of a training state they take."""
 
 import json
+import shlex
+import sys
 
 import pytest
 import torch
 
 from engine.checkpoint import read_file, save_weights
-from engine.errors import RunError
+from engine.errors import InputError, RunError
 
 TRAIN = ["--global-batch-size", "16", "--num-workers", "0", "--epochs", "1", "--ckpt-every", "3"]
 
@@ -101,3 +103,29 @@ def test_infinite_settings_of_samples(teacher, tmp_path, run_script):
         run_script("sample_ddp", *words, "--cfg-scale", "inf")
     (record,) = tmp_path.glob("*/sampling.json")
     assert json.loads(record.read_text(), parse_constant=pytest.fail)["cfg_scale"] == "inf"
+
+
+def test_recorded_command_can_be_typed_again(teacher, latents, tmp_path, run_script, monkeypatch):
+    """Words with spaces come back whole."""
+    typed = ["train.py", *map(str, command("train", teacher, latents, tmp_path / "two words"))]
+    monkeypatch.setattr(sys, "argv", typed)
+    run_script("train", *typed[1:])
+    (config,) = tmp_path.glob("*/*/config.json")
+    assert shlex.split(json.loads(config.read_text())["environment"]["command"]) == typed
+
+
+def test_preview_needs_the_autoencoder_of_the_weights(teacher, tmp_path, run_script):
+    """A dry run finds out that the picture could not be decoded."""
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8, 8], "latent_channels": 5}')
+    words = ["--ckpt", teacher.weights, "--scheme", "bk-sdm", "--save-model", tmp_path / "out.pt"]
+    words += ["--vae", tmp_path / "vae", "--image-size", "16", "--preview", "--dry-run"]
+    with pytest.raises(InputError, match=r"--vae .* has 5 channels, but --ckpt .* works on 3"):
+        run_script("prune_by_index", *words)
+
+
+def test_facts_name_an_autoencoder_that_is_gone(teacher, tmp_path, run_script):
+    """The message names the file that says so."""
+    save_weights(tmp_path / "moved.pt", teacher.state, model="DiT-T/2", num_classes=10, vae="gone/vae")
+    with pytest.raises(InputError, match=r"--ckpt .*moved\.pt\.json, vae gone/vae: no such folder"):
+        run_script("sample", "--ckpt", tmp_path / "moved.pt", "--output", tmp_path / "one.png")
