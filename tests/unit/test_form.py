@@ -57,6 +57,10 @@ def test_import_rule(root, part):
     assert not wrong
 
 
+def test_readme_fits_a_terminal(root):
+    assert not [line for line in (root / "README.md").read_text().splitlines() if len(line) >= 100]
+
+
 def test_nobody_imports_a_script(root):
     wrong = {(f.name, module) for f in sources(root) for module in imports(f) if module.split(".")[0] in SCRIPTS}
     assert not wrong
