@@ -13,11 +13,8 @@ def guided(net, cfg_scale, cfg_channels=3):
     def model(x, t, y):
         if cfg_scale <= 1:
             return net(x, t, y)
-        null = torch.full_like(y, net.num_classes)
-        doubled = net.forward_with_cfg(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale, cfg_channels
-        )
-        return doubled[: len(x)]
+        x, t, y = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, net.num_classes)])
+        return net.forward_with_cfg(x, t, y, cfg_scale, cfg_channels).chunk(2)[0]
 
     return model
 
