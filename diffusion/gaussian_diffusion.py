@@ -104,7 +104,7 @@ class GaussianDiffusion(nn.Module):
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
         ndim = x_t.ndim
         mean = self._at("posterior_mean_coef1", t, ndim) * x_start + self._at("posterior_mean_coef2", t, ndim) * x_t
-        return (mean, self._at("posterior_variance", t, ndim), self._at("posterior_log_variance_clipped", t, ndim))
+        return mean, self._at("posterior_variance", t, ndim), self._at("posterior_log_variance_clipped", t, ndim)
 
     # The reverse process
 
