@@ -17,6 +17,7 @@ from engine.files import PICTURE_SUFFIXES
 
 OPAQUE = {"RGB", "L", "P", "1", "CMYK", "YCbCr"}  # modes that turn into RGB without a choice
 ZIP = "not an .npz file (a zip archive)"
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 
@@ -25,7 +26,7 @@ def open_images(source):
 
     Everything but the pixels is checked here; raises ValueError, naming the file.
     """
-    return Images([open_part(path) for path in find_parts(str(source))])
+    return Images([(FolderImages if os.path.isdir(path) else NpzImages)(path) for path in find_parts(str(source))])
 
 
 class Images:
@@ -76,12 +77,11 @@ class NpzImages:
 
     def _read_header(self, archive):
         with archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            if version in ((1, 0), (2, 0)):
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = HEADERS.get(np.lib.format.read_magic(member))
+            if read:
                 shape, fortran, dtype = read(member)
                 self.offset = member.tell()
-        if version not in ((1, 0), (2, 0)) or fortran or dtype.hasobject:
+        if not read or fortran or dtype.hasobject:
             with archive.open("arr_0.npy") as member:
                 self.whole = np.lib.format.read_array(member, allow_pickle=False)
             shape, dtype = self.whole.shape, self.whole.dtype
@@ -173,12 +173,6 @@ def find_parts(source):
     if not found:
         raise ValueError("names no file; expected an .npz file or a folder of images")
     return found
-
-
-def open_part(path):
-    if os.path.isdir(path):
-        return FolderImages(path)
-    return NpzImages(path)
 
 
 def _read_statistics(archive, path):
