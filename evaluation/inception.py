@@ -35,9 +35,6 @@ WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.
 class ConvReLU(nn.Conv2d):
     """Convolution with a bias, the folded batch norm, and ReLU."""
 
-    def __init__(self, in_channels, out_channels, **kwargs):
-        super().__init__(in_channels, out_channels, bias=True, **kwargs)
-
     def forward(self, x):
         return F.relu_(super().forward(x))
 
