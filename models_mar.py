@@ -52,13 +52,6 @@ class HeadMLP(nn.Module):
         return self.final_layer(x, c).squeeze(1)
 
 
-def build_stack(hidden_size, num_heads, mlp_ratio, attn_dropout, proj_dropout, depth):
-    """A stack of plain ViT blocks: layer norms with weights, exact GELU, no time and no class in them."""
-    options = {"qkv_bias": True, "attn_drop": attn_dropout, "proj_drop": proj_dropout}
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    return BlockStack(Block(hidden_size, num_heads, mlp_ratio, norm_layer=norm, **options) for _ in range(depth))
-
-
 class MAR(LabelDropper):
     """Masked autoencoder over latent tokens, whose outputs condition a small diffusion head, `diffloss.net`.
 
@@ -93,16 +86,18 @@ class MAR(LabelDropper):
         self.buffer_size, self.depth = buffer_size, encoder_depth + decoder_depth
         self.grid_size, self.token_width = input_size // patch_size, in_channels * patch_size**2
         length, norm = self.grid_size**2, partial(nn.LayerNorm, hidden_size, eps=1e-6)
-        stack = partial(build_stack, hidden_size, num_heads, mlp_ratio, attn_dropout, proj_dropout)
+        # Plain ViT blocks: layer norms with weights, exact GELU, no time and no class in them.
+        options = {"attn_drop": attn_dropout, "proj_drop": proj_dropout, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
+        block = partial(Block, hidden_size, num_heads, mlp_ratio, qkv_bias=True, **options)
         self.class_emb = nn.Embedding(num_classes, hidden_size)
         self.fake_latent = nn.Parameter(torch.empty(1, hidden_size))
         self.z_proj, self.z_proj_ln = nn.Linear(self.token_width, hidden_size), norm()
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer_size + length, hidden_size))
-        self.encoder_blocks, self.encoder_norm = stack(encoder_depth), norm()
+        self.encoder_blocks, self.encoder_norm = BlockStack(block() for _ in range(encoder_depth)), norm()
         self.decoder_embed = nn.Linear(hidden_size, hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer_size + length, hidden_size))
-        self.decoder_blocks, self.decoder_norm = stack(decoder_depth), norm()
+        self.decoder_blocks, self.decoder_norm = BlockStack(block() for _ in range(decoder_depth)), norm()
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, hidden_size))
         if groups is not None:
             self.gumbel_gates = LayerGates(groups, self.depth)

@@ -31,7 +31,8 @@ def make_family_step(setup, name, **config):
     net = create_model(name, **({} if setup.tiny else config)).train().to(setup.device)
     step = TrainStep(net, family.make_objective(**family.own_defaults("train")).to(setup.device))
     n = 2 if setup.tiny else 4
-    return step, (torch.randn(n, net.in_channels, net.input_size, net.input_size), torch.arange(n))
+    x = torch.randn(n, net.in_channels, net.input_size, net.input_size, device=setup.device)
+    return step, (x, torch.arange(n, device=setup.device))
 
 
 def make_batch(setup, n):

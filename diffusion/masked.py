@@ -67,12 +67,11 @@ class MaskedObjective(nn.Module):
 
     def draw(self, net, x, y):
         """Draw latents (from moments only), masks, steps, noise and, in training mode, label drops, in this order."""
-        if x.shape[1] not in (net.in_channels, 2 * net.in_channels):
-            raise ValueError(
-                f"x has {x.shape[1]} channels: expected latents with {net.in_channels} or moments with twice as many"
-            )
-        if x.shape[1] != net.in_channels:
-            x = sample_latents(x, torch.randn_like(x[:, : net.in_channels]), self.scale)
+        found, channels = x.shape[1], net.in_channels
+        if found == 2 * channels:
+            x = sample_latents(x, torch.randn_like(x[:, :channels]), self.scale)
+        elif found != channels:
+            raise ValueError(f"x has {found} channels: expected latents with {channels} or moments with twice as many")
         tokens = net.patchify(x)
         n, length, width = tokens.shape
         # One ratio for the batch; drawn on the CPU, because it decides on shapes.

@@ -81,7 +81,7 @@ def _tensor(data):
     """Array of a TensorProto; None for text and other kinds without numbers."""
     fields = dict(_fields(data))
     dtype, content = DTYPES.get(fields.get(1)), fields.get(4)
-    shape = tuple(_dimension(dim) for number, dim in _fields(fields.get(2, b"")) if number == 2)
+    shape = tuple(dict(_fields(dim)).get(1, 0) for number, dim in _fields(fields.get(2, b"")) if number == 2)
     values = [each for number, value in _fields(data) if number in VALUES for each in _values(value, VALUES[number])]
     if dtype is None:
         return None
@@ -90,14 +90,6 @@ def _tensor(data):
     if len(flat) != count:
         raise ValueError(f"a tensor of shape {shape} holds {len(flat)} values")
     return flat.astype(dtype).reshape(shape)
-
-
-def _dimension(data):
-    """Size of one dimension (absent: 0)."""
-    size = dict(_fields(data)).get(1, 0)
-    if size >= SIGNED:
-        raise ValueError("a tensor has an open dimension")
-    return size
 
 
 def _values(value, form):
