@@ -66,19 +66,17 @@ def build(setup, write, workers, reopen):
     return Side(run, items=n)
 
 
-CASES = [
-    Case(
-        "latents",
-        {
-            "a file each, 2 workers": partial(build, write=write_files, workers=2, reopen=False),
-            "map, no workers": partial(build, write=write_store, workers=0, reopen=True),
-            "map, reading thread": partial(build, write=write_store, workers=2, reopen=True),
-        },
-        bars=[("rate", "map, no workers", ">=", 60_000), ("speedup", "map, no workers", ">=", 10)],
-        compare=lambda batches: {"same": len({batch.numpy().tobytes() for batch in batches.values()}) == 1},
-        memory=False,  # pages of the files would count
-    )
-]
+def compare(batches):
+    return {"same": len({batch.numpy().tobytes() for batch in batches.values()}) == 1}
+
+
+SIDES = {
+    "a file each, 2 workers": partial(build, write=write_files, workers=2, reopen=False),
+    "map, no workers": partial(build, write=write_store, workers=0, reopen=True),
+    "map, reading thread": partial(build, write=write_store, workers=2, reopen=True),
+}
+BARS = [("rate", "map, no workers", ">=", 60_000), ("speedup", "map, no workers", ">=", 10)]
+CASES = [Case("latents", SIDES, BARS, compare, memory=False)]  # pages of the files would count
 
 if __name__ == "__main__":
     main(__spec__.name, __doc__, CASES)

@@ -70,7 +70,7 @@ class Case:
     bars: list = field(default_factory=list)
     compare: Callable | None = None
     memory: bool = True
-    most_rounds: int | None = None
+    most_rounds: float = math.inf
 
 
 def memory(field):
@@ -142,8 +142,8 @@ def measure_case(case, setup):
     results = {}
     functions = {name: lambda name=name: results.update({name: sides[name].run()}) for name in sides}
     functions |= {dtype: function for dtype, (function, _) in products.items()}
-    rounds = min(setup.repeats, case.most_rounds or setup.repeats)
-    seconds = time_sides(functions, setup.device, rounds, 0 if setup.tiny else LEAST_SECONDS)
+    repeats, least_seconds = min(setup.repeats, case.most_rounds), 0 if setup.tiny else LEAST_SECONDS
+    seconds = time_sides(functions, setup.device, repeats, least_seconds)
     baseline, rows = seconds[next(iter(sides))], {}
     for name, side in sides.items():
         ratios = [theirs / own for theirs, own in zip(baseline, seconds[name], strict=True)]

@@ -27,9 +27,7 @@ class GaussianSampler(nn.Module):
     2404.07724); elsewhere the network runs once instead of twice.
     """
 
-    def __init__(
-        self, diffusion, method="ddpm", cfg_scale=1.0, cfg_channels=3, cfg_interval=(0.0, 1.0), num_steps=None
-    ):
+    def __init__(self, diffusion, method="ddpm", cfg_scale=1.0, cfg_channels=3, cfg_interval=(0, 1), num_steps=None):
         super().__init__()
         self.diffusion = diffusion
         self.method, self.solve = method, {"ddpm": self._chain, "ddim": self._chain, "dpmpp": self._dpmpp}[method]
@@ -74,6 +72,5 @@ def dpm_scheduler(diffusion):
     """diffusers' DPM-Solver++ of second order over the betas of a whole chain that predicts noise."""
     from diffusers import DPMSolverMultistepScheduler  # slow to import, and only needed here
 
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=diffusion.num_timesteps, trained_betas=diffusion.betas.tolist(), solver_order=2
-    )
+    betas = diffusion.betas.tolist()
+    return DPMSolverMultistepScheduler(diffusion.num_timesteps, trained_betas=betas, solver_order=2)

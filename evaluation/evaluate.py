@@ -152,7 +152,10 @@ def extract_cached(images, extractor, want, cache_dir, **options):
     name = "-".join([images.digest()[:24], digest(extractor.weights)[:24], extractor.backend, *sorted(want)])
     path = Path(cache_dir) / f"{name}.npz"
     kept = read_cache(path) if _processes()[0] == 0 else None
-    if _agree(kept is not None):
+    is_kept = [kept is not None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(is_kept)
+    if is_kept[0]:
         return kept
     result = extract(images, extractor, want, **options)
     if result is not None:
@@ -285,11 +288,3 @@ def _gather_rows(array, n, piece=4096):
                 start = n * other // world + i
                 whole[start : start + len(rows)] = rows
     return whole
-
-
-def _agree(value):
-    """The main process's value, in every process."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]

@@ -199,12 +199,9 @@ def _from_graph(consts):
 
 def _fold(state):
     """{layer.weight, layer.bias} with the batch norm (eps 0.001) of every layer in them; computed in float64."""
-    folded = {}
+    folded, keys = {}, ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
     for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
-        weight, gamma, beta, mean, variance = (
-            state[f"{name}.{key}"].double()
-            for key in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-        )
+        weight, gamma, beta, mean, variance = (state[f"{name}.{key}"].double() for key in keys)
         scale = gamma / (variance + 0.001).sqrt()
         folded[f"{name}.weight"] = (weight * scale.view(-1, 1, 1, 1)).float()
         folded[f"{name}.bias"] = (beta - mean * scale).float()

@@ -53,10 +53,8 @@ def check_borders(groups, stacks):
     ends = set(accumulate(m for _, m in groups))
     for border in accumulate(stacks):
         if border not in ends:
-            raise ValueError(
-                f"pattern {format_pattern(groups)}: a group crosses from layer {border - 1} to {border}, "
-                "which are of different stacks; end a group between them"
-            )
+            found = f"a group crosses from layer {border - 1} to {border}, which are of different stacks"
+            raise ValueError(f"pattern {format_pattern(groups)}: {found}; end a group between them")
 
 
 def candidate_masks(n, m):

@@ -51,12 +51,12 @@ def compare_frechet(name, sizes, least=None, of_features=False):
     return Case(f"frechet {name}", sides, [("speedup", "ours", ">=", least)] if least else [], compare=dict)
 
 
-def compare_precision_recall(name, sizes, bars=(), most_rounds=None):
+def compare_precision_recall(name, sizes, bars=(), **options):
     """Also by exact distances, whose numbers are others."""
     exact = partial(metrics.precision_recall, rule="float32")
     functions = {"plain": baseline.precision_recall, "ours": metrics.precision_recall, "float32": exact}
     sides = {side: partial(build, function=f, make=make_positive, sizes=sizes) for side, f in functions.items()}
-    return Case(f"precision_recall {name}", sides, bars, compare=dict, most_rounds=most_rounds)
+    return Case(f"precision_recall {name}", sides, bars, compare=dict, **options)
 
 
 LARGE_BARS = [("speedup", "ours", ">=", 1 / 0.75), ("extra_mb", "ours", "<=", 1500)]
