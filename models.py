@@ -30,11 +30,23 @@ def initialize_linears(net):
             nn.init.zeros_(module.bias)
 
 
-def draw_label_drop(probability, n, device):
-    """Which of n labels become null: (n,) bool; None, and nothing is drawn, if the probability is 0."""
-    if probability == 0:
-        return None
-    return torch.rand(n, device=device) < probability
+def initialize_ends(embeddings, blocks, final_layer):
+    """Normal(0.02) for tensors of embeddings, zero for modulations of blocks and final layer and for the output."""
+    for weight in embeddings:
+        nn.init.normal_(weight, std=0.02)
+    for zero in [block.adaLN_modulation[1] for block in (*blocks, final_layer)] + [final_layer.linear]:
+        nn.init.zeros_(zero.weight)
+        nn.init.zeros_(zero.bias)
+
+
+class LabelDropper(nn.Module):
+    """A network that loses labels in training, each with probability `class_dropout_prob`."""
+
+    def draw_drop(self, n, device):
+        """Which of n labels become null: (n,) bool in training mode, else None, and nothing is drawn."""
+        if not self.training or self.class_dropout_prob == 0:
+            return None
+        return torch.rand(n, device=device) < self.class_dropout_prob
 
 
 class TimestepEmbedder(nn.Module):
@@ -109,7 +121,7 @@ def position_table(hidden_size, grid_size):
     return torch.cat([columns, rows], dim=1).float()[None]
 
 
-class DiT(nn.Module):
+class DiT(LabelDropper):
     """Diffusion transformer over latents (N, C, H, W), conditioned on time and class.
 
     With `groups` ([[N, M], ...], see pruning.patterns) it also owns `gumbel_gates`: in training mode every sample runs
@@ -149,20 +161,11 @@ class DiT(nn.Module):
     def initialize_weights(self):
         """Xavier for all linear maps, normal(0.02) for the embeddings, zero for modulations and output (adaLN-Zero)."""
         initialize_linears(self)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        for zero in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(zero.weight)
-            nn.init.zeros_(zero.bias)
+        patches, times = self.x_embedder.proj, self.t_embedder.mlp
+        nn.init.xavier_uniform_(patches.weight.flatten(1))
+        nn.init.zeros_(patches.bias)
+        embeddings = [self.y_embedder.embedding_table.weight, times[0].weight, times[2].weight]
+        initialize_ends(embeddings, self.blocks, self.final_layer)
 
     def unpatchify(self, x):
         """(N, T, patch * patch * C) -> (N, C, H, W); inside a token: row, column, channel."""
@@ -173,10 +176,6 @@ class DiT(nn.Module):
     def blocks_to_compile(self):
         """Modules that torch.compile takes one by one."""
         return list(self.blocks)
-
-    def draw_drop(self, n, device):
-        """Which of n labels become null: (n,) bool in training mode, else None, and nothing is drawn."""
-        return draw_label_drop(self.class_dropout_prob if self.training else 0, n, device)
 
     def forward(self, x, t, y, drop=None, mask=None, observe=None):
         """Latents x (N, C, H, W), time t (N,), labels y (N,) -> (N, C or 2C, H, W).

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from families.mar import MAR as FAMILY
-from models import FinalLayer, TimestepEmbedder, draw_label_drop, initialize_linears, modulate
+from models import FinalLayer, LabelDropper, TimestepEmbedder, initialize_ends, initialize_linears, modulate
 from pruning.gates import BlockStack, LayerGates, choose_layers
 from pruning.patterns import check_borders
 
@@ -52,25 +52,7 @@ class HeadMLP(nn.Module):
         return self.final_layer(x, c).squeeze(1)
 
 
-class DiffusionHead(nn.Module):
-    """The level `diffloss` of the published keys; the diffusion itself belongs to objectives and samplers."""
-
-    def __init__(self, *sizes):
-        super().__init__()
-        self.net = HeadMLP(*sizes)
-
-    def forward(self, x, t, z):
-        return self.net(x, t, z)
-
-
-def build_stack(hidden_size, num_heads, mlp_ratio, attn_dropout, proj_dropout, depth):
-    """A stack of plain ViT blocks: layer norms with weights, exact GELU, no time and no class in them."""
-    options = {"qkv_bias": True, "attn_drop": attn_dropout, "proj_drop": proj_dropout}
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    return BlockStack(Block(hidden_size, num_heads, mlp_ratio, norm_layer=norm, **options) for _ in range(depth))
-
-
-class MAR(nn.Module):
+class MAR(LabelDropper):
     """Masked autoencoder over latent tokens, whose outputs condition a small diffusion head, `diffloss.net`.
 
     input_size: latents per side. buffer_size: copies of the class vector in front of the tokens.
@@ -104,34 +86,32 @@ class MAR(nn.Module):
         self.buffer_size, self.depth = buffer_size, encoder_depth + decoder_depth
         self.grid_size, self.token_width = input_size // patch_size, in_channels * patch_size**2
         length, norm = self.grid_size**2, partial(nn.LayerNorm, hidden_size, eps=1e-6)
-        stack = partial(build_stack, hidden_size, num_heads, mlp_ratio, attn_dropout, proj_dropout)
+        # Plain ViT blocks: layer norms with weights, exact GELU, no time and no class in them.
+        options = {"attn_drop": attn_dropout, "proj_drop": proj_dropout, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
+        block = partial(Block, hidden_size, num_heads, mlp_ratio, qkv_bias=True, **options)
         self.class_emb = nn.Embedding(num_classes, hidden_size)
         self.fake_latent = nn.Parameter(torch.empty(1, hidden_size))
         self.z_proj, self.z_proj_ln = nn.Linear(self.token_width, hidden_size), norm()
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer_size + length, hidden_size))
-        self.encoder_blocks, self.encoder_norm = stack(encoder_depth), norm()
+        self.encoder_blocks, self.encoder_norm = BlockStack(block() for _ in range(encoder_depth)), norm()
         self.decoder_embed = nn.Linear(hidden_size, hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer_size + length, hidden_size))
-        self.decoder_blocks, self.decoder_norm = stack(decoder_depth), norm()
+        self.decoder_blocks, self.decoder_norm = BlockStack(block() for _ in range(decoder_depth)), norm()
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, hidden_size))
         if groups is not None:
             self.gumbel_gates = LayerGates(groups, self.depth)
             check_borders(groups, (encoder_depth, decoder_depth))
-        self.diffloss = DiffusionHead(self.token_width, hidden_size, head_width, head_depth)
+        # A level of the published keys; the diffusion itself belongs to objectives and samplers.
+        self.diffloss = nn.ModuleDict({"net": HeadMLP(self.token_width, hidden_size, head_width, head_depth)})
         self.initialize_weights()
 
     def initialize_weights(self):
         """Xavier for all linear maps, normal(0.02) for embeddings, zero for modulations and output of the head."""
         initialize_linears(self)
         head = self.diffloss.net
-        normal = [self.class_emb.weight, head.time_embed.mlp[0].weight, head.time_embed.mlp[2].weight]
-        for weight in normal + list(self.parameters(recurse=False)):
-            nn.init.normal_(weight, std=0.02)
-        modulations = [block.adaLN_modulation[1] for block in [*head.res_blocks, head.final_layer]]
-        for zero in [*modulations, head.final_layer.linear]:
-            nn.init.zeros_(zero.weight)
-            nn.init.zeros_(zero.bias)
+        embeddings = [self.class_emb.weight, head.time_embed.mlp[0].weight, head.time_embed.mlp[2].weight]
+        initialize_ends(embeddings + list(self.parameters(recurse=False)), head.res_blocks, head.final_layer)
 
     def patchify(self, x):
         """Latents (N, C, H, W) -> tokens (N, L, C * patch * patch); inside a token: channel, row, column."""
@@ -148,10 +128,6 @@ class MAR(nn.Module):
     def blocks_to_compile(self):
         """Modules that torch.compile takes one by one."""
         return [*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net]
-
-    def draw_drop(self, n, device):
-        """Which of n labels are taken away: (n,) bool in training mode, else None, and nothing is drawn."""
-        return draw_label_drop(self.class_dropout_prob if self.training else 0, n, device)
 
     def embed_class(self, y, drop=None):
         """Labels (N,), where `num_classes` means none, -> class vectors (N, D); `drop` (N,) bool takes labels away."""

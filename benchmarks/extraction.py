@@ -8,7 +8,7 @@ the process that encodes them, of whose time that is a hundredth.
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Case, Side, main
 from engine.images import from_uint8, picture_loader
-from engine.run import Run
+from engine.run import DTYPES, Run
 from engine.sampling import ImageDraws
 from engine.vae import LatentSpace, encode_pictures
 from families.dit import SD_VAE
@@ -78,46 +78,35 @@ def extract(folder, device, precision, batch, size, numbers):
     return np.concatenate(done), time.process_time() - since
 
 
-def build(precision, batch):
-    """A builder of a side: `images` pictures, one share for each process."""
+def build(setup, precision, batch):
+    """`images` pictures, one share for each process."""
+    widths, size, images = ((32,) * LEVELS, 32, 4) if setup.tiny else ((128, 256, 512, 512), 256, 4)
+    settings = (make_folder(widths, images).name, str(setup.device), precision, batch, size)
+    shares = [list(range(rank, images, PROCESSES)) for rank in range(PROCESSES)]
+    # A process that was forked from one with threads may hang.
+    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(PROCESSES)]
 
-    def side(setup):
-        widths, size, images = ((32,) * LEVELS, 32, 4) if setup.tiny else ((128, 256, 512, 512), 256, 4)
-        folder = make_folder(widths, images).name
-        # A process that was forked from one with threads may hang.
-        pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(PROCESSES)]
+    def run():
+        found = [pool.submit(extract, *settings, share) for pool, share in zip(pools, shares, strict=True)]
+        latents, seconds = zip(*(each.result() for each in found), strict=True)
+        return np.concatenate(latents), sum(seconds)
 
-        def run():
-            settings = (folder, str(setup.device), precision, batch, size)
-            shares = [list(range(rank, images, PROCESSES)) for rank in range(PROCESSES)]
-            found = [pool.submit(extract, *settings, share) for pool, share in zip(pools, shares, strict=True)]
-            latents, seconds = zip(*(each.result() for each in found), strict=True)
-            return np.concatenate(latents), sum(seconds)
-
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return Side(run, items=images, flops=images * count_flops(widths, size), dtype=dtype)
-
-    return side
+    return Side(run, images, images * count_flops(widths, size), DTYPES[precision])
 
 
 def compare(results):
     """The largest difference over the largest value, and how much less processor time the last calls took."""
     (plain, plain_seconds), (ours, seconds) = results.values()
-    return {
-        "difference": float(np.abs(plain - ours).max() / np.abs(plain).max()),
-        "processor time ratio": plain_seconds / seconds,
-    }
+    difference = float(np.abs(plain - ours).max() / np.abs(plain).max())
+    return {"difference": difference, "processor time ratio": plain_seconds / seconds}
 
 
-CASES = [
-    Case(
-        "extraction",
-        {"float32, batch 1": build("fp32", 1), "ours, bfloat16": build("bf16", 8)},
-        bars=[("speedup", "ours, bfloat16", ">=", 1.25), ("difference", None, "<=", 0.03)],
-        compare=compare,
-        memory=False,  # that of the two processes would not count
-    )
-]
+SIDES = {
+    "float32, batch 1": partial(build, precision="fp32", batch=1),
+    "ours, bfloat16": partial(build, precision="bf16", batch=8),
+}
+BARS = [("speedup", "ours, bfloat16", ">=", 1.25), ("difference", None, "<=", 0.03)]
+CASES = [Case("extraction", SIDES, BARS, compare, memory=False)]  # memory of the two processes would not count
 
 if __name__ == "__main__":
     main(__spec__.name, __doc__, CASES)

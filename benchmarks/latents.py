@@ -5,7 +5,7 @@ page of a large data set is touched once per epoch, so a map that has been read 
 """
 
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -52,37 +52,31 @@ def make_folder(write, n):
     return folder
 
 
-def build(write, workers, reopen):
-    """A builder of a side that reads one epoch of a folder."""
+def build(setup, write, workers, reopen):
+    """One epoch of a folder."""
+    n, batch = (64, 8) if setup.tiny else (IMAGES, BATCH)
+    folder = make_folder(write, n).name
+    loader = None if reopen else make_loader(folder, workers, n // batch, batch)
 
-    def side(setup):
-        n, batch = (64, 8) if setup.tiny else (IMAGES, BATCH)
-        folder = make_folder(write, n).name
-        loader = None if reopen else make_loader(folder, workers, n // batch, batch)
+    def run():
+        for x, _ in loader or make_loader(folder, workers, n // batch, batch):
+            last = x
+        return last
 
-        def run():
-            for x, _ in loader or make_loader(folder, workers, n // batch, batch):
-                last = x
-            return last
-
-        return Side(run, items=n)
-
-    return side
+    return Side(run, items=n)
 
 
-CASES = [
-    Case(
-        "latents",
-        {
-            "a file each, 2 workers": build(write_files, 2, reopen=False),
-            "map, no workers": build(write_store, 0, reopen=True),
-            "map, reading thread": build(write_store, 2, reopen=True),
-        },
-        bars=[("rate", "map, no workers", ">=", 60_000), ("speedup", "map, no workers", ">=", 10)],
-        compare=lambda batches: {"same": len({batch.numpy().tobytes() for batch in batches.values()}) == 1},
-        memory=False,  # pages of the files would count
-    )
-]
+def compare(batches):
+    return {"same": len({batch.numpy().tobytes() for batch in batches.values()}) == 1}
+
+
+SIDES = {
+    "a file each, 2 workers": partial(build, write=write_files, workers=2, reopen=False),
+    "map, no workers": partial(build, write=write_store, workers=0, reopen=True),
+    "map, reading thread": partial(build, write=write_store, workers=2, reopen=True),
+}
+BARS = [("rate", "map, no workers", ">=", 60_000), ("speedup", "map, no workers", ">=", 10)]
+CASES = [Case("latents", SIDES, BARS, compare, memory=False)]  # pages of the files would count
 
 if __name__ == "__main__":
     main(__spec__.name, __doc__, CASES)

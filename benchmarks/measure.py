@@ -1,17 +1,7 @@
 """The harness of the benchmarks: sides timed in turns in one process, memory of each in a process of its own.
 
-A module is a list of cases and a last line; `python -m benchmarks.NAME [--repeats 5] [--json FILE] [--device D]`:
-
-    def build_ours(setup):                      # a Setup: the device, and whether this is a smoke test
-        net, optimizer = ...                    # nothing in here is measured
-        return Side(lambda: step(net, x), items=32, flops=..., dtype=torch.bfloat16, kept=lambda: net.parameters())
-
-    CASES = [Case("DiT-B/2", {"plain": build_plain, "ours": build_ours},
-                  bars=[("speedup", "ours", ">=", 1.5), ("extra_ratio", "ours", "<=", 0.7)],
-                  compare=lambda results: {"difference": ...})]          # results: side -> what its last call returned
-
-    if __name__ == "__main__":
-        main(__spec__.name, __doc__, CASES)
+A module is functions that build sides, of which nothing is measured but the call that they return, a list of cases, and
+a last line, for instance benchmarks/masked_kd.py; `python -m benchmarks.NAME [--repeats 5] [--json FILE] [--device D]`.
 
 The first side is the baseline. The numbers of a side, which bars and JSON name:
     seconds               median per call
@@ -20,7 +10,8 @@ The first side is the baseline. The numbers of a side, which bars and JSON name:
     efficiency            FLOPs per second over those of a large matrix product of `dtype`, timed in the same rounds
     peak_mb, extra_mb     the most memory, and that above the bare process and what `kept` names (without `kept`, above
                           what was there once the side was built); extra_ratio: extra_mb over the baseline's
-What `compare` returns belongs to the case: a bar on it names no side, ("difference", None, "<=", 1e-2).
+What `compare` makes of {side: what its last call returned} belongs to the case: a bar on it names no side,
+("difference", None, "<=", 1e-2).
 """
 
 import argparse
@@ -37,7 +28,6 @@ from statistics import median
 
 import torch
 
-from benchmarks.evaluator.runs import memory
 from benchmarks.report import judge, show, write_json
 
 LEAST_SECONDS = 0.2  # of one timing; shorter calls are repeated
@@ -70,16 +60,26 @@ class Side:
 
 @dataclass
 class Case:
-    """sides: name -> builder(setup) -> Side, the baseline first. bars: (number, side or None, ">=" or "<=", value)."""
+    """sides: name -> builder(setup) -> Side, the baseline first. bars: (number, side or None, ">=" or "<=", value).
+
+    most_rounds: of a case whose calls take minutes.
+    """
 
     name: str
     sides: dict
     bars: list = field(default_factory=list)
     compare: Callable | None = None
     memory: bool = True
+    most_rounds: float = math.inf
 
 
-def make_parser(doc):
+def memory(field):
+    """VmRSS (now) or VmHWM (the most so far) of this process in MB of 2**20 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
+def parse_args(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which every side is timed (default: 5)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to this file as well")
@@ -88,7 +88,7 @@ def make_parser(doc):
     parser.add_argument("--case", help="one case")
     parser.add_argument("--side", help="print the memory of this side of --case, as JSON, and end")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
-    return parser
+    return parser.parse_args()
 
 
 def find_device(name):
@@ -134,12 +134,6 @@ def make_matmul(dtype, device, shape=MATMUL):
     return (lambda: a @ b), 2 * math.prod(shape)
 
 
-def matmul_rate(dtype, device, shape=MATMUL, repeats=5):
-    """FLOPs per second of a large product; within a case the same is timed in turns with the sides."""
-    function, flops = make_matmul(dtype, device, shape)
-    return flops / median(time_sides({"matmul": function}, device, repeats)["matmul"])
-
-
 def measure_case(case, setup):
     """{side: its numbers} but memory, and what `compare` found."""
     sides = {name: build(setup) for name, build in case.sides.items()}
@@ -148,7 +142,8 @@ def measure_case(case, setup):
     results = {}
     functions = {name: lambda name=name: results.update({name: sides[name].run()}) for name in sides}
     functions |= {dtype: function for dtype, (function, _) in products.items()}
-    seconds = time_sides(functions, setup.device, setup.repeats, 0 if setup.tiny else LEAST_SECONDS)
+    repeats, least_seconds = min(setup.repeats, case.most_rounds), 0 if setup.tiny else LEAST_SECONDS
+    seconds = time_sides(functions, setup.device, repeats, least_seconds)
     baseline, rows = seconds[next(iter(sides))], {}
     for name, side in sides.items():
         ratios = [theirs / own for theirs, own in zip(baseline, seconds[name], strict=True)]
@@ -191,10 +186,9 @@ def start_side(module, words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(module, doc, cases, argv=None, parser=None):
-    """Run the cases of a module (its `__spec__.name` and `__doc__`); a parser of its own may have more flags."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = (parser or make_parser(doc)).parse_args(words)
+def main(module, doc, cases):
+    """Run the cases of a module (its `__spec__.name` and `__doc__`)."""
+    args = parse_args(doc)
     setup = Setup(find_device(args.device), args.tiny, args.repeats, for_memory=bool(args.side))
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -209,7 +203,7 @@ def main(module, doc, cases, argv=None, parser=None):
         rows, found = measure_case(case, setup)
         measured = case.memory and not (args.tiny and done)  # one case shows that it works
         for name in case.sides if measured else ():
-            rows[name] |= start_side(module, [*words, "--case", case.name, "--side", name])
+            rows[name] |= start_side(module, [*sys.argv[1:], "--case", case.name, "--side", name])
             least = rows[next(iter(rows))]["extra_mb"]
             rows[name] |= {"extra_ratio": rows[name]["extra_mb"] / least} if least > 0 else {}
         bars = [] if args.tiny else list(judge(case.bars, rows, found))

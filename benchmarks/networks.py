@@ -5,9 +5,8 @@ from contextlib import nullcontext
 import torch
 
 from diffusion import create_diffusion
-from diffusion.objectives import GaussianObjective, TrainStep
+from diffusion.objectives import GaussianObjective
 from engine.run import DTYPES
-from families import create_model, family_of
 from families.dit import SIZES
 from models import DiT
 
@@ -23,15 +22,6 @@ def make_network(setup, depth, **options):
 
 def make_objective(setup):
     return GaussianObjective(create_diffusion()).to(setup.device)
-
-
-def make_family_step(setup, name, **config):
-    """A training step of a registered network, whole, with the usual settings of its family, and a batch of latents."""
-    family, name = family_of(name), f"{name[:3]}-T-1-2" if setup.tiny else name
-    net = create_model(name, **({} if setup.tiny else config)).train().to(setup.device)
-    step = TrainStep(net, family.make_objective(**family.own_defaults("train")).to(setup.device))
-    n = 2 if setup.tiny else 4
-    return step, (torch.randn(n, net.in_channels, net.input_size, net.input_size), torch.arange(n))
 
 
 def make_batch(setup, n):

@@ -3,18 +3,15 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 
 
 def main():
     cases = json.loads((ROOT / "benchmarks/results/gate_learning.json").read_text())["cases"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, name in zip(axes, ("depth", "batch"), strict=True):
+    figure = Figure((9, 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("depth", "batch"), strict=True):
         sides = next(case for case in cases if case["case"] == name)["sides"]
         sizes = [int(side.split()[0]) for side in sides]
         axis.plot(sizes, [row["seconds"] for row in sides.values()], "o-", label="seconds per step")

@@ -5,6 +5,7 @@ import operator
 import platform
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,9 +21,8 @@ def judge(bars, rows, found):
     """Bars as dictionaries that say whether they hold."""
     for number, side, sign, value in bars:
         measured = (rows[side] if side else found)[number]
-        yield {"number": number, "side": side, "sign": sign, "bar": value, "measured": measured} | {
-            "holds": COMPARISONS[sign](measured, value)
-        }
+        holds = COMPARISONS[sign](measured, value)
+        yield {"number": number, "side": side, "sign": sign, "bar": value, "measured": measured, "holds": holds}
 
 
 def show(case):
@@ -44,19 +44,17 @@ def show(case):
 def describe_machine(device):
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    name = getattr(torch.get_device_module(device), "get_device_name", lambda _: cpu)(device)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return (
-        versions
-        | {"cpu": cpu, "threads": torch.get_num_threads(), "device": name}
-        | {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-    )
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpu = next(named, platform.processor())
+    return {
+        **{name: version(name) for name in ("torch", "numpy", "scipy")},
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "device": getattr(torch.get_device_module(device), "get_device_name", lambda _: cpu)(device),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def write_json(path, device, cases):

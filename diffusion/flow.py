@@ -4,6 +4,7 @@ x_t = alpha(t) data + sigma(t) noise. Velocity of the path: alpha' data + sigma'
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -197,10 +198,11 @@ class OdeSampler(FlowSampler):
         """States (num_steps, N, C, H, W); guided, 2N, of which the first N are the samples."""
         from torchdiffeq import odeint
 
-        x, model = noise, lambda x, t: net(x, t, y)
+        x, model = noise, partial(net, y=y)
         if self.cfg_scale > 1:
             labels, x = torch.cat([y, torch.full_like(y, net.num_classes)]), torch.cat([noise, noise])
-            model = lambda x, t: net.forward_with_cfg(x, t, labels, self.cfg_scale, self.cfg_channels)  # noqa: E731
+            guidance = {"cfg_scale": self.cfg_scale, "cfg_channels": self.cfg_channels}
+            model = partial(net.forward_with_cfg, y=labels, **guidance)
         times = torch.linspace(*self.limits, self.num_steps, dtype=x.dtype, device=x.device)
         with tqdm(disable=not progress, desc="network calls", leave=False) as bar:
 
@@ -255,11 +257,7 @@ class SdeSampler(FlowSampler):
 
     def trajectory(self, net, y, noise, step_noise=None, progress=False):
         """States after every step and after the last one: a list of num_steps tensors (N, C, H, W)."""
-        plain = guided(net, self.cfg_scale, self.cfg_channels)
-
-        def model(x, t):
-            return plain(x, t, y)
-
+        model = partial(guided(net, self.cfg_scale, self.cfg_channels), y=y)
         times = torch.linspace(*self.limits, self.num_steps, dtype=noise.dtype, device=noise.device)
         h, x, states = times[1] - times[0], noise, []
         for k in tqdm(range(self.num_steps - 1), disable=not progress, desc="sampling", leave=False):

@@ -104,7 +104,7 @@ class GaussianDiffusion(nn.Module):
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
         ndim = x_t.ndim
         mean = self._at("posterior_mean_coef1", t, ndim) * x_start + self._at("posterior_mean_coef2", t, ndim) * x_t
-        return (mean, self._at("posterior_variance", t, ndim), self._at("posterior_log_variance_clipped", t, ndim))
+        return mean, self._at("posterior_variance", t, ndim), self._at("posterior_log_variance_clipped", t, ndim)
 
     # The reverse process
 
@@ -113,19 +113,17 @@ class GaussianDiffusion(nn.Module):
         output = model(x, self.timestep_map[t], **(model_kwargs or {}))
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def p_mean_variance(self, model, x, t, clip_denoised=True, model_kwargs=None):
         """Dict of mean, variance, log_variance and pred_xstart of p(x_{t-1} | x_t)."""
-        return self.interpret(self.run(model, x, t, model_kwargs), x, t, clip_denoised, denoised_fn)
+        return self.interpret(self.run(model, x, t, model_kwargs), x, t, clip_denoised)
 
-    def interpret(self, output, x, t, clip_denoised=False, denoised_fn=None):
+    def interpret(self, output, x, t, clip_denoised=False):
         """What a network output (N, C or 2C, ...) at x_t says about the reverse step; same dict as p_mean_variance."""
         output, log_variance, variance = self._variance(output, x, t)
         x_start = output
         if self.mean == "noise":
             x_start = self._at("sqrt_recip_alphas_cumprod", t, x.ndim) * x
             x_start = x_start - self._at("sqrt_recipm1_alphas_cumprod", t, x.ndim) * output
-        if denoised_fn is not None:
-            x_start = denoised_fn(x_start)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(x_start, x, t)
@@ -164,8 +162,7 @@ class GaussianDiffusion(nn.Module):
         prediction = output[:, : x_t.shape[1]]
         terms = {"mse": mean_flat((prediction - (noise if self.mean == "noise" else x_start)) ** 2)}
         if self.variance == "learned_range":
-            frozen = self.interpret(self._freeze_mean(output, x_t), x_t, t)
-            terms["vb"] = self._bound(frozen, x_start, x_t, t) * self.vb_weight
+            terms["vb"] = self._variance_bound(output, x_start, x_t, t)
         return {"loss": sum(terms.values()), **terms}
 
     def distillation_terms(self, student, teacher, x_start, x_t, t):
@@ -178,14 +175,14 @@ class GaussianDiffusion(nn.Module):
         if self.variance != "learned_range":
             return {"kd_loss": mse}
         goal = self.interpret(teacher.detach(), x_t, t)
-        frozen = self.interpret(self._freeze_mean(student, x_t), x_t, t)
-        vb_kd = self._bound(frozen, x_start, x_t, t, (goal["mean"], goal["log_variance"])) * self.vb_weight
+        vb_kd = self._variance_bound(student, x_start, x_t, t, (goal["mean"], goal["log_variance"]))
         return {"kd_loss": mse + vb_kd, "vb_kd": vb_kd}
 
-    @staticmethod
-    def _freeze_mean(output, x_t):
+    def _variance_bound(self, output, x_start, x_t, t, goal=None):
+        """Weighted `_bound` of a network output that trains nothing but its variance."""
         mean, values = output.split(x_t.shape[1], dim=1)
-        return torch.cat([mean.detach(), values], dim=1)
+        frozen = self.interpret(torch.cat([mean.detach(), values], dim=1), x_t, t)
+        return self._bound(frozen, x_start, x_t, t, goal) * self.vb_weight
 
     def _bound(self, out, x_start, x_t, t, goal=None):
         """One term of the bound in bits: KL from `goal` (default: the true posterior), likelihood at t = 0."""
@@ -263,16 +260,13 @@ class GaussianDiffusion(nn.Module):
         return sample
 
     @torch.no_grad()
-    def trajectory(
-        self, step_fn, model, shape, noise=None, step_noise=None, device=None, progress=False, **step_options
-    ):
+    def trajectory(self, step_fn, model, shape, noise=None, step_noise=None, progress=False, **step_options):
         """Yield the dict of every step, noisiest first.
 
         step_fn: self.p_sample or self.ddim_sample, with its `step_options`. noise: the start, x_T.
         step_noise: step_noise(k) gives the noise of the k-th step; without it noise is drawn at every step.
         """
-        device = self.betas.device if device is None else device
-        x = torch.randn(shape, device=device) if noise is None else noise
+        x = torch.randn(shape, device=self.betas.device) if noise is None else noise
         steps = tqdm(range(self.num_timesteps), disable=not progress, desc="sampling", leave=False)
         for k in steps:
             t = torch.full((shape[0],), self.num_timesteps - 1 - k, device=x.device)

@@ -7,6 +7,7 @@ head(x_t, t, z) on M tokens at once. Tokens taken from a mask come sample by sam
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -66,12 +67,11 @@ class MaskedObjective(nn.Module):
 
     def draw(self, net, x, y):
         """Draw latents (from moments only), masks, steps, noise and, in training mode, label drops, in this order."""
-        if x.shape[1] not in (net.in_channels, 2 * net.in_channels):
-            raise ValueError(
-                f"x has {x.shape[1]} channels: expected latents with {net.in_channels} or moments with twice as many"
-            )
-        if x.shape[1] != net.in_channels:
-            x = sample_latents(x, torch.randn_like(x[:, : net.in_channels]), self.scale)
+        found, channels = x.shape[1], net.in_channels
+        if found == 2 * channels:
+            x = sample_latents(x, torch.randn_like(x[:, :channels]), self.scale)
+        elif found != channels:
+            raise ValueError(f"x has {found} channels: expected latents with {channels} or moments with twice as many")
         tokens = net.patchify(x)
         n, length, width = tokens.shape
         # One ratio for the batch; drawn on the CPU, because it decides on shapes.
@@ -82,29 +82,25 @@ class MaskedObjective(nn.Module):
         noise = torch.randn(*shape, width, dtype=x.dtype, device=x.device)
         return MaskedDraw(tokens, masked, t, noise, net.draw_drop(n, x.device))
 
-    @staticmethod
-    def _hidden(draw):
-        """Data, steps and noise of all noised tokens: (M, width), (M,), (M, width), with M = R * N * H."""
-        start = draw.tokens[draw.masked].repeat(len(draw.t), 1)
-        return start, draw.t.flatten(), draw.noise.reshape(start.shape)
+    def _noised(self, draw):
+        """Hidden tokens (M, width), the same noised, their steps (M,) and their noise, with M = R * N * H."""
+        start, t = draw.tokens[draw.masked].repeat(len(draw.t), 1), draw.t.flatten()
+        noise = draw.noise.reshape(start.shape)
+        return start, self.diffusion.q_sample(start, t, noise), t, noise
 
     def predict(self, net, x, y, draw, observe=None):
         """Run `net` and, on the hidden tokens, its head -> (M, 2 * width); `observe` as for the network."""
         z = net(draw.tokens, draw.masked, y, drop=draw.drop, observe=observe)
-        start, t, noise = self._hidden(draw)
-        x_t = self.diffusion.q_sample(start, t, noise)
+        _, x_t, t, _ = self._noised(draw)
         return self.diffusion.run(net.diffloss.net, x_t, t, {"z": z[draw.masked].repeat(len(draw.t), 1)})
 
     def loss(self, prediction, x, draw):
         """The original loss: dict of per-sample terms (N,), `loss` among them; means over repeats and hidden tokens."""
-        start, t, noise = self._hidden(draw)
-        x_t = self.diffusion.q_sample(start, t, noise)
-        return self._average(self.diffusion.loss_terms(prediction, start, x_t, t, noise), draw)
+        return self._average(self.diffusion.loss_terms(prediction, *self._noised(draw)), draw)
 
     def match(self, student, teacher, x, draw):
         """Distillation of the head's output: dict of per-sample terms (N,), `kd_loss` among them."""
-        start, t, noise = self._hidden(draw)
-        x_t = self.diffusion.q_sample(start, t, noise)
+        start, x_t, t, _ = self._noised(draw)
         return self._average(self.diffusion.distillation_terms(student, teacher, start, x_t, t), draw)
 
     @staticmethod
@@ -180,12 +176,8 @@ class MaskedSampler(nn.Module):
         """
         # Of independent values the ranks are a uniform permutation, and each image has its own.
         order = net.patchify(noise).mean(-1).argsort(1)
-        if step_noise is None:
-
-            def step_noise(k, shape):
-                return torch.randn(len(noise), *shape, dtype=noise.dtype, device=noise.device)
-
-        for step in self.trajectory(net, y, order, step_noise, progress):
+        draw = step_noise or (lambda k, shape: torch.randn(len(noise), *shape, dtype=noise.dtype, device=noise.device))
+        for step in self.trajectory(net, y, order, draw, progress):
             tokens = step.tokens
         return net.unpatchify(tokens)
 
@@ -217,19 +209,8 @@ class MaskedSampler(nn.Module):
 
     def _run_head(self, head, z, start, cfg_scale, step_noise):
         """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; step_noise(j): (M, width)."""
-        model, model_kwargs = head, {"z": z}
+        options = {"clip_denoised": self.clip_denoised, "temperature": self.temperature, "model_kwargs": {"z": z}}
         if len(z) > len(start):
-
-            def model(x, t, z, null):
-                return guide_head(head, x, t, z, null, cfg_scale)
-
-            model_kwargs = dict(zip(("z", "null"), z.chunk(2), strict=True))
-        return self.diffusion.p_sample_loop(
-            model,
-            start.shape,
-            noise=start,
-            step_noise=step_noise,
-            clip_denoised=self.clip_denoised,
-            temperature=self.temperature,
-            model_kwargs=model_kwargs,
-        )
+            head = partial(guide_head, head, scale=cfg_scale)
+            options["model_kwargs"] = dict(zip(("z", "null"), z.chunk(2), strict=True))
+        return self.diffusion.p_sample_loop(head, start.shape, noise=start, step_noise=step_noise, **options)

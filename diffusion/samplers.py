@@ -13,11 +13,8 @@ def guided(net, cfg_scale, cfg_channels=3):
     def model(x, t, y):
         if cfg_scale <= 1:
             return net(x, t, y)
-        null = torch.full_like(y, net.num_classes)
-        doubled = net.forward_with_cfg(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale, cfg_channels
-        )
-        return doubled[: len(x)]
+        x, t, y = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, net.num_classes)])
+        return net.forward_with_cfg(x, t, y, cfg_scale, cfg_channels).chunk(2)[0]
 
     return model
 
@@ -30,9 +27,7 @@ class GaussianSampler(nn.Module):
     2404.07724); elsewhere the network runs once instead of twice.
     """
 
-    def __init__(
-        self, diffusion, method="ddpm", cfg_scale=1.0, cfg_channels=3, cfg_interval=(0.0, 1.0), num_steps=None
-    ):
+    def __init__(self, diffusion, method="ddpm", cfg_scale=1.0, cfg_channels=3, cfg_interval=(0, 1), num_steps=None):
         super().__init__()
         self.diffusion = diffusion
         self.method, self.solve = method, {"ddpm": self._chain, "ddim": self._chain, "dpmpp": self._dpmpp}[method]
@@ -77,6 +72,5 @@ def dpm_scheduler(diffusion):
     """diffusers' DPM-Solver++ of second order over the betas of a whole chain that predicts noise."""
     from diffusers import DPMSolverMultistepScheduler  # slow to import, and only needed here
 
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=diffusion.num_timesteps, trained_betas=diffusion.betas.tolist(), solver_order=2
-    )
+    betas = diffusion.betas.tolist()
+    return DPMSolverMultistepScheduler(diffusion.num_timesteps, trained_betas=betas, solver_order=2)

@@ -42,8 +42,7 @@ def beta_schedule(name, steps):
     if name == "squaredcos_cap_v2":
         return _cosine(steps)
     if name not in RAW_SCHEDULES:
-        raise ValueError(
-            f"noise schedule {name!r} is unknown: expected one of squaredcos_cap_v2, {', '.join(RAW_SCHEDULES)}"
-        )
+        known = ", ".join(["squaredcos_cap_v2", *RAW_SCHEDULES])
+        raise ValueError(f"noise schedule {name!r} is unknown: expected one of {known}")
     scale = 1000 / steps
     return raw_beta_schedule(name, scale * 1e-4, scale * 2e-2, steps)

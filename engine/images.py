@@ -36,10 +36,8 @@ def list_images(folder, num_classes=None):
         paths += found
         labels += [label] * len(found)
     if not paths:
-        raise InputError(
-            f"--data-path {folder}: no images; expected one subfolder per class with files such as "
-            f"{', '.join(PICTURE_SUFFIXES)}"
-        )
+        expected = f"one subfolder per class with files such as {', '.join(PICTURE_SUFFIXES)}"
+        raise InputError(f"--data-path {folder}: no images; expected {expected}")
     if num_classes is not None and len(classes) > num_classes:
         raise InputError(f"--num-classes {num_classes}: --data-path {folder} has {len(classes)} classes")
     return PictureList(paths, labels, classes)
@@ -124,14 +122,11 @@ def save_image(path, pixels):
 
 def save_grid(path, images, columns=4, gap=2):
     """Write tensors (N, 3, H, W) in [-1, 1] as one picture, `columns` per row."""
-    pixels = to_uint8(images)
-    n, height, width, _ = pixels.shape
-    rows = -(-n // columns)
-    sheet = np.zeros((rows * (height + gap) + gap, min(n, columns) * (width + gap) + gap, 3), np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
-        sheet[top : top + height, left : left + width] = picture
-    save_image(path, sheet)
+    columns = min(len(images), columns)
+    cells = np.pad(to_uint8(images), ((0, -len(images) % columns), (gap, 0), (gap, 0), (0, 0)))
+    _, height, width, _ = cells.shape
+    sheet = cells.reshape(-1, columns, height, width, 3).swapaxes(1, 2).reshape(-1, columns * width, 3)
+    save_image(path, np.pad(sheet, ((0, gap), (0, gap), (0, 0))))
 
 
 def numbered_images(folder):
@@ -151,22 +146,21 @@ def pack_npz(path, files, flag, labels=None):
         width, height = first.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
 
+    def read(file):
+        with Image.open(file) as image:
+            if image.size != (width, height):
+                raise InputError(f"{flag}: {file} is {image.width}x{image.height}, not {width}x{height}")
+            return image.convert("RGB").tobytes()
+
     def write(temporary):
         with zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for file in files:
-                    member.write(read_pixels(file).tobytes())
+                    member.write(read(file))
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as member:
                     np.lib.format.write_array(member, np.asarray(labels))
-
-    def read_pixels(file):
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        if pixels.shape != (height, width, 3):
-            raise InputError(f"{flag}: {file} is {pixels.shape[1]}x{pixels.shape[0]}, not {width}x{height}")
-        return pixels
 
     write_atomically(path, write)
     return os.fspath(path)

@@ -17,6 +17,7 @@ from engine.files import PICTURE_SUFFIXES
 
 OPAQUE = {"RGB", "L", "P", "1", "CMYK", "YCbCr"}  # modes that turn into RGB without a choice
 ZIP = "not an .npz file (a zip archive)"
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 
@@ -25,7 +26,7 @@ def open_images(source):
 
     Everything but the pixels is checked here; raises ValueError, naming the file.
     """
-    return Images([open_part(path) for path in find_parts(str(source))])
+    return Images([(FolderImages if os.path.isdir(path) else NpzImages)(path) for path in find_parts(str(source))])
 
 
 class Images:
@@ -35,9 +36,10 @@ class Images:
         self.parts, self.n = parts, sum(part.n for part in parts)
         self.height, self.width = parts[0].size
         self.statistics, self.lossy = parts[0].statistics, any(part.lossy for part in parts)
+        first = f"{_pixels(parts[0].size)} in {parts[0].path}"
         for part in parts[1:]:
             if part.size != parts[0].size:
-                raise ValueError(f"{part.path}: images of {_size(part)}, but {_size(parts[0])} in {parts[0].path}")
+                raise ValueError(f"{part.path}: images of {_pixels(part.size)}, but {first}")
         if len(parts) > 1 and any(part.statistics for part in parts):
             raise ValueError("several files, and one holds statistics: it is unclear of what; give that file alone")
 
@@ -72,16 +74,16 @@ class NpzImages:
             if "arr_0.npy" in names:
                 self._read_header(archive)
             elif not self.statistics:
-                raise ValueError(f"{path}: missing arr_0 (images) and mu (statistics); it holds {_listed(names)}")
+                held = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
+                raise ValueError(f"{path}: missing arr_0 (images) and mu (statistics); it holds {held}")
 
     def _read_header(self, archive):
         with archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            if version in ((1, 0), (2, 0)):
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = HEADERS.get(np.lib.format.read_magic(member))
+            if read:
                 shape, fortran, dtype = read(member)
                 self.offset = member.tell()
-        if version not in ((1, 0), (2, 0)) or fortran or dtype.hasobject:
+        if not read or fortran or dtype.hasobject:
             with archive.open("arr_0.npy") as member:
                 self.whole = np.lib.format.read_array(member, allow_pickle=False)
             shape, dtype = self.whole.shape, self.whole.dtype
@@ -125,10 +127,8 @@ class FolderImages:
             if not opaque:
                 raise ValueError(f"{file}: mode {mode}; expected opaque pictures with 8 bits a channel (RGB)")
             if size != self.size:
-                raise ValueError(
-                    f"{file}: {size[0]}x{size[1]} pixels, but {self.size[0]}x{self.size[1]} in {self.files[0]}; "
-                    "all images need the same size"
-                )
+                other = f"{_pixels(self.size)} in {self.files[0]}"
+                raise ValueError(f"{file}: {_pixels(size)} pixels, but {other}; all images need the same size")
 
     def batches(self, size, start, stop):
         with ThreadPoolExecutor(4) as pool:
@@ -175,12 +175,6 @@ def find_parts(source):
     return found
 
 
-def open_part(path):
-    if os.path.isdir(path):
-        return FolderImages(path)
-    return NpzImages(path)
-
-
 def _read_statistics(archive, path):
     """mu and sigma, and mu_s and sigma_s if they are there, as float64 arrays of the expected shapes."""
     found, names = {}, set(archive.namelist())
@@ -192,10 +186,9 @@ def _read_statistics(archive, path):
                 raise ValueError(f"{path}: {key} is missing beside {first if key == second else second}")
             with archive.open(f"{key}.npy") as member:
                 value = np.lib.format.read_array(member, allow_pickle=False)
-            if value.shape != STATISTICS[key] or value.dtype.kind != "f" or not np.isfinite(value).all():
-                raise ValueError(
-                    f"{path}: {key} is not {STATISTICS[key]} finite numbers, but {value.dtype} {value.shape}"
-                )
+            shape = STATISTICS[key]
+            if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
+                raise ValueError(f"{path}: {key} is not {shape} finite numbers, but {value.dtype} {value.shape}")
             found[key] = value.astype(np.float64)
     return found
 
@@ -237,9 +230,5 @@ def _order(path):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def _size(part):
-    return "x".join(map(str, part.size))
-
-
-def _listed(names):
-    return ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
+def _pixels(size):
+    return "x".join(map(str, size))

@@ -1,17 +1,19 @@
 """The protocol: features of two sets of images, streamed and shared among processes, and the numbers they give."""
 
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from engine.files import write_atomically
 from evaluation import METRICS
 from evaluation.batches import STATISTICS, digest
+from evaluation.inception import find_weights, load_inception
 from evaluation.metrics import (
     FeatureStatistics,
     frechet_distance,
@@ -30,43 +32,30 @@ class Extractor:
     """Features of uint8 images (b, H, W, 3) as numpy arrays: pool (b, 2048), spatial (b, 2023), logits (b, 1008)."""
 
     def __init__(self, backend, weights, device="cpu"):
-        self.backend, self.weights, self.device = backend, weights, device
+        self.backend, self.weights = backend, weights
         self.name = {"torch": "PyTorch", "tensorflow": "TensorFlow"}[backend]
-        if backend == "tensorflow":
+        if backend == "torch":
+            self.network = load_inception(weights, device)
+        else:
             from evaluation.tensorflow_backend import TensorFlowFeatures
 
-            self.features = self.network = TensorFlowFeatures(weights)
-            return
-        import torch
-
-        from evaluation.inception import load_inception
-
-        self.network, self.torch = load_inception(weights, device), torch
+            self.network = TensorFlowFeatures(weights)
 
     def features(self, images):
-        return [x.cpu().numpy() for x in self.network(self.torch.from_numpy(images).to(self.device))]
+        return [torch.as_tensor(x).cpu().numpy() for x in self.network(images)]
 
     def logits(self, pool):
-        if self.backend == "tensorflow":
-            return self.network.logits(pool)
-        precision = self.torch.get_float32_matmul_precision()
-        self.torch.set_float32_matmul_precision("highest")  # no TF32
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # no TF32
         try:
-            return self.network.logits(self.torch.from_numpy(pool).to(self.device)).cpu().numpy()
+            return torch.as_tensor(self.network.logits(pool)).cpu().numpy()
         finally:
-            self.torch.set_float32_matmul_precision(precision)
+            torch.set_float32_matmul_precision(precision)
 
 
 def load_extractor(backend="torch", path=None, device="cpu", offline=False, cache_dir=None):
-    """An Extractor; the first process of a machine looks for the weights, and downloads them if need be."""
-    from evaluation.inception import find_weights
-
-    group, later = _group(), int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if group and later:
-        group.barrier()
+    """An Extractor; the first process of a machine downloads the weights if need be."""
     weights = find_weights(path, offline=offline, cache_dir=cache_dir, graph=backend == "tensorflow")
-    if group and not later:
-        group.barrier()
     try:
         return Extractor(backend, weights, device)
     except ImportError as error:
@@ -163,7 +152,10 @@ def extract_cached(images, extractor, want, cache_dir, **options):
     name = "-".join([images.digest()[:24], digest(extractor.weights)[:24], extractor.backend, *sorted(want)])
     path = Path(cache_dir) / f"{name}.npz"
     kept = read_cache(path) if _processes()[0] == 0 else None
-    if _agree(kept is not None):
+    is_kept = [kept is not None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(is_kept)
+    if is_kept[0]:
         return kept
     result = extract(images, extractor, want, **options)
     if result is not None:
@@ -270,36 +262,25 @@ def write_statistics(images, extractor, path, batch_size=64):
         print(f"wrote {path}: statistics of {images.n} images", flush=True)
 
 
-def _group():
-    """torch.distributed if a launcher's processes have joined, else None; without processes torch is not imported."""
-    if "RANK" not in os.environ:
-        return None
-    import torch.distributed as group
-
-    return group if group.is_initialized() else None
-
-
 def _processes():
     """This process's number, and how many there are."""
-    group = _group()
-    return (group.get_rank(), group.get_world_size()) if group else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _gather(value):
     """The values of all processes in a list, on the main process; [None] elsewhere."""
-    group = _group()
-    if group is None:
+    if not dist.is_initialized():
         return [value]
-    found = [None] * group.get_world_size() if group.get_rank() == 0 else None
-    group.gather_object(value, found)
+    found = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found)
     return found or [None]
 
 
 def _gather_rows(array, n, piece=4096):
     """The n rows of all processes in their order, on the main process; a piece at a time, so nothing is held twice."""
-    if _group() is None:
-        return array
     rank, world = _processes()
+    if world == 1:
+        return array
     whole = np.empty((n, array.shape[1]), array.dtype) if rank == 0 else None
     for i in range(0, -(-n // world), piece):
         for other, rows in enumerate(_gather(array[i : i + piece])):
@@ -307,13 +288,3 @@ def _gather_rows(array, n, piece=4096):
                 start = n * other // world + i
                 whole[start : start + len(rows)] = rows
     return whole
-
-
-def _agree(value):
-    """The main process's value, in every process."""
-    group = _group()
-    if group is None:
-        return value
-    box = [value]
-    group.broadcast_object_list(box)
-    return box[0]

@@ -66,50 +66,30 @@ def _fields(data):
 
 def _node(data):
     """(name, TensorProto) of a node; the second is None unless it is a Const."""
-    name, op, tensor = "", "", None
-    for number, value in _fields(data):
-        if number == 1:
-            name = bytes(value).decode()
-        elif number == 2:
-            op = bytes(value).decode()
-        elif number == 5:
-            attr = dict(_fields(value))
-            if bytes(attr[1]) == b"value":
-                tensor = dict(_fields(attr[2])).get(8)
-    if op == "Const" and tensor is None:
+    fields = dict(_fields(data))
+    name, op = (bytes(fields.get(number, b"")).decode() for number in (1, 2))
+    attributes = [dict(_fields(value)) for number, value in _fields(data) if number == 5]
+    tensors = [dict(_fields(each[2])).get(8) for each in attributes if bytes(each[1]) == b"value"]
+    if op != "Const":
+        return name, None
+    if not tensors or tensors[-1] is None:
         raise ValueError(f"constant {name} has no value")
-    return name, tensor if op == "Const" else None
+    return name, tensors[-1]
 
 
 def _tensor(data):
     """Array of a TensorProto; None for text and other kinds without numbers."""
-    dtype, shape, content, values = None, (), None, []
-    for number, value in _fields(data):
-        if number == 1:
-            dtype = DTYPES.get(value)
-        elif number == 2:
-            shape = tuple(_dimension(dim) for field, dim in _fields(value) if field == 2)
-        elif number == 4:
-            content = value
-        elif number in VALUES:
-            values += _values(value, VALUES[number])
+    fields = dict(_fields(data))
+    dtype, content = DTYPES.get(fields.get(1)), fields.get(4)
+    shape = tuple(dict(_fields(dim)).get(1, 0) for number, dim in _fields(fields.get(2, b"")) if number == 2)
+    values = [each for number, value in _fields(data) if number in VALUES for each in _values(value, VALUES[number])]
     if dtype is None:
         return None
     count = math.prod(shape)
-    flat = (
-        np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(dtype) if content else _spread(values, count)
-    )
+    flat = np.frombuffer(content, np.dtype(dtype).newbyteorder("<")) if content else _spread(values, count)
     if len(flat) != count:
         raise ValueError(f"a tensor of shape {shape} holds {len(flat)} values")
     return flat.astype(dtype).reshape(shape)
-
-
-def _dimension(data):
-    """Size of one dimension (absent: 0)."""
-    size = dict(_fields(data)).get(1, 0)
-    if size >= SIGNED:
-        raise ValueError("a tensor has an open dimension")
-    return size
 
 
 def _values(value, form):

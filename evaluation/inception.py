@@ -35,9 +35,6 @@ WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.
 class ConvReLU(nn.Conv2d):
     """Convolution with a bias, the folded batch norm, and ReLU."""
 
-    def __init__(self, in_channels, out_channels, **kwargs):
-        super().__init__(in_channels, out_channels, bias=True, **kwargs)
-
     def forward(self, x):
         return F.relu_(super().forward(x))
 
@@ -160,7 +157,7 @@ class InceptionFeatures(nn.Module):
     @torch.no_grad()
     def logits(self, pool):
         """(N, 2048) -> (N, 1008), without the bias: that is how the Inception Score was published."""
-        return pool @ self.softmax
+        return torch.as_tensor(pool, device=self.softmax.device) @ self.softmax
 
 
 def _chain(scope, branch, length):
@@ -202,12 +199,9 @@ def _from_graph(consts):
 
 def _fold(state):
     """{layer.weight, layer.bias} with the batch norm (eps 0.001) of every layer in them; computed in float64."""
-    folded = {}
+    folded, keys = {}, ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
     for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
-        weight, gamma, beta, mean, variance = (
-            state[f"{name}.{key}"].double()
-            for key in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-        )
+        weight, gamma, beta, mean, variance = (state[f"{name}.{key}"].double() for key in keys)
         scale = gamma / (variance + 0.001).sqrt()
         folded[f"{name}.weight"] = (weight * scale.view(-1, 1, 1, 1)).float()
         folded[f"{name}.bias"] = (beta - mean * scale).float()
@@ -262,20 +256,19 @@ def find_weights(path=None, offline=False, cache_dir=None, graph=False):
             raise ValueError(f"{source} {given}: no such file; expected {GRAPH_NAME} or {WEIGHTS_NAME}")
         if given:
             return Path(given)
-    cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    cache = cache if cache_dir else cache / "tinyfusion"
+    cache = Path(cache_dir or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/tinyfusion").expanduser()
     places = [Path(GRAPH_NAME), cache / GRAPH_NAME]
     if not graph:
         hub = Path(torch.hub.get_dir()) / "checkpoints"
         places += [cache / WEIGHTS_NAME, *sorted(hub.glob(f"*-{WEIGHTS_DIGEST}.pth"))]
-    found = next((place for place in places if place.is_file()), None)
-    url, target = (GRAPH_URL, cache / GRAPH_NAME) if graph else (WEIGHTS_URL, cache / WEIGHTS_NAME)
-    if not found and offline:
+    for place in places:
+        if place.is_file():
+            return place
+    url, name, check = (GRAPH_URL, GRAPH_NAME, check_graph) if graph else (WEIGHTS_URL, WEIGHTS_NAME, check_digest)
+    if offline:
         raise ValueError(f"no Inception weights here; fetch {url} and give its path with --inception")
-    if found:
-        return found
     try:
-        return download(url, target, check_graph if graph else check_digest)
+        return download(url, cache / name, check)
     except ValueError as error:
         raise ValueError(f"{error}; fetch it and give its path with --inception") from None
 

@@ -1,5 +1,6 @@
 """The numbers of the ADM protocol, as pure functions of arrays."""
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -243,22 +244,19 @@ def _fits_half(u, rows, v, cols):
     return all(_pair_distances(u, part, v, cols, torch.float16).isfinite().all() for part in parts)
 
 
-class _BlockRules:
-    """The dtype that the distances of u and v are rounded to, per block: float16, or float32 where that overflows."""
+def _rounding(u, v, rule, blocks):
+    """dtype(rows, cols) that distances of a tile within one block are rounded to: float32 where float16 overflows."""
 
-    def __init__(self, u, v, rule, blocks):
-        self.blocks, self.table = blocks, None
-        if rule == "adm":
-            rows, cols = (
-                [slice(start, min(start + size, side.count)) for start in range(0, side.count, size)]
-                for side, size in zip((u, v), blocks, strict=True)
-            )
-            self.table = [[_fits_half(u, r, v, c) for c in cols] for r in rows]
+    @cache
+    def fits_half(*block):
+        rows, cols = (slice(i * size, (i + 1) * size) for i, size in zip(block, blocks, strict=True))
+        return _fits_half(u, rows, v, cols)
 
-    def dtype(self, rows, cols):
-        """Of a tile that lies within one block."""
-        fits = self.table and self.table[rows.start // self.blocks[0]][cols.start // self.blocks[1]]
-        return torch.float16 if fits else torch.float32
+    def dtype(rows, cols):
+        is_half = rule == "adm" and fits_half(rows.start // blocks[0], cols.start // blocks[1])
+        return torch.float16 if is_half else torch.float32
+
+    return dtype
 
 
 def _smallest(distances, best, dim):
@@ -278,11 +276,11 @@ def _smallest(distances, best, dim):
 
 def _radii(u, ks, rule, blocks, percentile, bar):
     """Squared distances (N, K) to the k-th neighbour, the row itself being the 0th; each product serves two rows."""
-    rules, tiles = _BlockRules(u, u, rule, blocks), _tiles(u.count, *blocks)
+    dtype, tiles = _rounding(u, u, rule, blocks), _tiles(u.count, *blocks)
     best = torch.full((u.count, max(ks) + 1), torch.inf)
     for i, rows in enumerate(tiles):
         for cols in tiles[i:]:
-            there, back = rules.dtype(rows, cols), rules.dtype(cols, rows)
+            there, back = dtype(rows, cols), dtype(cols, rows)
             products = _products(u, rows, u, cols, there)
             found = _distances(u.norms[there][rows, None], products, u.norms[there][cols])
             best[rows] = _smallest(found, best[rows], 1)
@@ -300,11 +298,11 @@ def _radii(u, ks, rule, blocks, percentile, bar):
 
 def _covered(u, radii_u, v, radii_v, rule, blocks, bar):
     """Which rows of v lie in a ball of u (N_v, K), and which rows of u in a ball of v (N_u, K)."""
-    rules = _BlockRules(u, v, rule, blocks)
+    dtype = _rounding(u, v, rule, blocks)
     in_u, in_v = torch.zeros(radii_v.shape, dtype=torch.bool), torch.zeros(radii_u.shape, dtype=torch.bool)
     for rows in _tiles(u.count, blocks[0]):
         for cols in _tiles(v.count, blocks[1]):
-            found = _pair_distances(u, rows, v, cols, rules.dtype(rows, cols))
+            found = _pair_distances(u, rows, v, cols, dtype(rows, cols))
             for k in range(radii_u.shape[1]):
                 in_u[cols, k] |= (found <= radii_u[rows, k, None]).any(0)
                 in_v[rows, k] |= (found <= radii_v[cols, k]).any(1)

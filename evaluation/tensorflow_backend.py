@@ -1,15 +1,13 @@
 """The original's way to features: the TensorFlow graph itself, for comparison with the PyTorch network."""
 
-import importlib
 import os
 
 import numpy as np
 
 from evaluation.graph import read_graph
-from evaluation.inception import GRAPH_URL
+from evaluation.inception import CHANNELS, GRAPH_URL
 
 TAPS = ("pool_3:0", "mixed_6/conv:0")
-CHANNELS = 7  # of the spatial tap
 
 
 class TensorFlowFeatures:
@@ -23,8 +21,9 @@ class TensorFlowFeatures:
         if self.softmax is None or self.softmax.ndim != 2:
             raise ValueError(f"{graph_path}: softmax/weights is missing; expected the graph from {GRAPH_URL}")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        importlib.import_module("torchvision")  # the other order ends in a segmentation fault
-        tf = importlib.import_module("tensorflow").compat.v1
+        import tensorflow  # after torchvision, which is imported above: the other order ends in a segmentation fault
+
+        tf = tensorflow.compat.v1
         definition = tf.GraphDef()
         with open(graph_path, "rb") as file:
             definition.ParseFromString(file.read())

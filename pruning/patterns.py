@@ -2,7 +2,7 @@
 
 import math
 import re
-from itertools import combinations
+from itertools import accumulate, combinations, groupby
 
 import torch
 
@@ -29,13 +29,8 @@ def parse_pattern(text, depth=None):
 
 def format_pattern(groups):
     """The shortest text that `parse_pattern` reads back: [[2, 4], [2, 4], [1, 2]] -> "2:4x2,1:2"."""
-    runs = []
-    for group in map(tuple, groups):
-        if runs and runs[-1][0] == group:
-            runs[-1][1] += 1
-        else:
-            runs.append([group, 1])
-    return ",".join(f"{n}:{m}" + (f"x{count}" if count > 1 else "") for (n, m), count in runs)
+    runs = [(n, m, len(list(run))) for (n, m), run in groupby(map(tuple, groups))]
+    return ",".join(f"{n}:{m}" + (f"x{count}" if count > 1 else "") for n, m, count in runs)
 
 
 def check_groups(groups, depth=None):
@@ -55,17 +50,11 @@ def check_borders(groups, stacks):
 
     stacks: number of layers in every stack, through which layers are numbered.
     """
-    ends, border, end = set(), 0, 0
-    for _, m in groups:
-        end += m
-        ends.add(end)
-    for layers in stacks:
-        border += layers
+    ends = set(accumulate(m for _, m in groups))
+    for border in accumulate(stacks):
         if border not in ends:
-            raise ValueError(
-                f"pattern {format_pattern(groups)}: a group crosses from layer {border - 1} to {border}, "
-                "which are of different stacks; end a group between them"
-            )
+            found = f"a group crosses from layer {border - 1} to {border}, which are of different stacks"
+            raise ValueError(f"pattern {format_pattern(groups)}: {found}; end a group between them")
 
 
 def candidate_masks(n, m):
@@ -77,19 +66,13 @@ def candidate_masks(n, m):
 
 def group_ends(groups):
     """Last layer of every group, counted in the pruned and in the full network: ([...], [...])."""
-    student, teacher, pairs = -1, -1, ([], [])
-    for n, m in groups:
-        student, teacher = student + n, teacher + m
-        pairs[0].append(student)
-        pairs[1].append(teacher)
-    return pairs
+    return tuple([end - 1 for end in accumulate(sizes)] for sizes in zip(*groups, strict=True))
 
 
 def bk_sdm_layers(groups):
     """BK-SDM's fixed scheme: the first N layers of each group in the first half, the last N in the second half."""
-    depth, start, kept = sum(m for _, m in groups), 0, []
-    for n, m in groups:
-        first = start if start < depth / 2 else start + m - n
+    kept, ends = [], list(accumulate(m for _, m in groups))
+    for (n, m), end in zip(groups, ends, strict=True):
+        first = end - m if end - m < ends[-1] / 2 else end - n
         kept += range(first, first + n)
-        start += m
     return kept

@@ -1,72 +1,74 @@
-"""`python -m benchmarks.evaluator`: paired runs against the plain constructions, each in a process of its own."""
+"""Frechet distance, precision and recall of 2048 features, against the plain constructions."""
 
-import argparse
-import importlib
-import json
-import platform
-import tempfile
-from pathlib import Path
-from statistics import median
+from functools import cache, partial
 
-from benchmarks.evaluator.runs import start
+import numpy as np
 
-PARTS = ("frechet", "precision_recall")
+from benchmarks.evaluator import baseline
+from benchmarks.measure import Case, Side, main
+from evaluation import metrics
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument("--case", help="one case of it")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs (default: 5)")
-    parser.add_argument("--slow-repeats", type=int, default=1, help="pairs of 10k x 50k (default: 1)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to this file as well")
-    return parser.parse_args()
+@cache
+def make_spectrum(sizes, dim):
+    """Two sets of features with a falling spectrum."""
+    rng = np.random.default_rng(0)
+    scale = np.linspace(1, 0.02, dim) ** 2 / 10
+    mix = rng.standard_normal((dim, dim)).astype(np.float32) / 8
+    first, second = (np.maximum(rng.standard_normal((n, dim)) * scale @ mix + 0.3, 0) for n in sizes)
+    return first, second + 0.02
 
 
-def compare(part, case, repeats):
-    """One row: medians over pairs of runs, baseline first and ours second in turns."""
-    module = importlib.import_module(f"benchmarks.evaluator.{part}")
-    with tempfile.TemporaryDirectory() as folder:
-        start(part, "make", folder, case)
-        pairs = [(start(part, "run_baseline", folder), start(part, "run", folder)) for _ in range(repeats)]
-        row = {"part": part, "case": case, "pairs": repeats, "bar": module.CASES[case]}
-        for side, runs in zip(("baseline", "ours"), zip(*pairs, strict=True), strict=True):
-            row[side] = {key: median(run[key] for run in runs) for key in ("seconds", "peak_mb")}
-            row[side]["result"] = runs[0]["result"]
-        row["ratio"] = median(b["seconds"] / a["seconds"] for a, b in pairs)
-        if hasattr(module, "run_float32"):
-            row["float32"] = start(part, "run_float32", folder)
-    within = row["ours"]["peak_mb"] <= getattr(module, "MEMORY", {}).get(case, float("inf"))
-    row["holds"] = within and (row["bar"] is None or row["ratio"] <= row["bar"])
-    return row
+@cache
+def make_positive(sizes, dim, hidden=64):
+    """Reference and samples that are not negative, with a mean squared norm of about 430 as Inception's have."""
+    rng = np.random.default_rng(1)
+    mix = rng.standard_normal((hidden, dim), dtype=np.float32) * np.linspace(1, 0.1, hidden, dtype=np.float32)[:, None]
+
+    def rows(n, spread):
+        inner = rng.standard_normal((n, hidden), dtype=np.float32) * np.float32(spread)
+        x = np.maximum(inner @ mix * 0.12 + 0.05 * rng.standard_normal((n, dim), dtype=np.float32), 0)
+        return x * np.float32(1.1)
+
+    return rows(sizes[0], 1.0), rows(sizes[1], 0.97)
 
 
-def show(row):
-    """One line of the table."""
-    sides = "  ".join(f"{row[side]['seconds']:8.3f} s {row[side]['peak_mb']:6.0f} MB" for side in ("baseline", "ours"))
-    bar = "" if row["bar"] is None else f"  bar {row['bar']:.3g}: {'holds' if row['holds'] else 'missed'}"
-    print(f"{row['part']:16} {row['case']:20} {sides}  ratio {row['ratio']:.4f} ({1 / row['ratio']:.1f}x){bar}")
-    print(f"{'':37} {row['baseline']['result']} and {row['ours']['result']}", flush=True)
-    if "float32" in row:
-        change = [exact - ours for exact, ours in zip(row["float32"]["result"], row["ours"]["result"], strict=True)]
-        print(f"{'':37} in float32 precision {change[0]:+.5f}, recall {change[1]:+.5f}", flush=True)
+def build(setup, function, make, sizes, with_moments=False):
+    """A call on two sets of features, or on their means and covariances, whose making does not count."""
+    data = make((40, 40), 32) if setup.tiny else make(sizes, 2048)
+    if with_moments:
+        data = [moment for x in data for moment in (x.mean(0), np.cov(x, rowvar=False))]
+    np.linalg.eigvalsh(np.ones((256, 256)) @ np.ones((256, 256)))  # starts the threads, whose memory does not count
+    return Side(lambda: function(*data))
 
 
-def main():
-    asked, rows = parse_args(), []
-    for part in [asked.only] if asked.only else PARTS:
-        for case in importlib.import_module(f"benchmarks.evaluator.{part}").CASES:
-            if asked.case in (None, case):
-                rows.append(compare(part, case, asked.slow_repeats if case == "10k x 50k" else asked.repeats))
-                show(rows[-1])
-    if not rows:
-        raise SystemExit(f"no case is called {asked.case!r}")
-    if asked.json:
-        versions = {name: importlib.import_module(name).__version__ for name in ("numpy", "scipy", "torch")}
-        asked.json.write_text(
-            json.dumps({"python": platform.python_version(), **versions, "rows": rows}, indent=1) + "\n"
-        )
+def compare_frechet(name, sizes, least=None, of_features=False):
+    ours = metrics.frechet_distance_of_features if of_features else metrics.frechet_distance
+    sides = {
+        "plain": partial(build, function=baseline.frechet_distance, make=make_spectrum, sizes=sizes, with_moments=True),
+        "ours": partial(build, function=ours, make=make_spectrum, sizes=sizes, with_moments=not of_features),
+    }
+    return Case(f"frechet {name}", sides, [("speedup", "ours", ">=", least)] if least else [], compare=dict)
 
+
+def compare_precision_recall(name, sizes, bars=(), **options):
+    """Also by exact distances, whose numbers are others."""
+    exact = partial(metrics.precision_recall, rule="float32")
+    functions = {"plain": baseline.precision_recall, "ours": metrics.precision_recall, "float32": exact}
+    sides = {side: partial(build, function=f, make=make_positive, sizes=sizes) for side, f in functions.items()}
+    return Case(f"precision_recall {name}", sides, bars, compare=dict, **options)
+
+
+LARGE_BARS = [("speedup", "ours", ">=", 1 / 0.75), ("extra_mb", "ours", "<=", 1500)]
+CASES = [
+    compare_frechet("regular", (6000, 6000), 5),
+    compare_frechet("singular", (150, 140), 8),
+    compare_frechet("features", (150, 140), 100, of_features=True),
+    compare_frechet("features, 1000 rows", (1000, 1000), of_features=True),
+    compare_precision_recall("2k x 2k", (2_000, 2_000)),
+    compare_precision_recall("10k x 10k", (10_000, 10_000), [("speedup", "ours", ">=", 1 / 0.8)]),
+    compare_precision_recall("10k x 50k", (10_000, 50_000), LARGE_BARS, most_rounds=1),
+]
 
 if __name__ == "__main__":
-    main()
+    main(__spec__.name, __doc__, CASES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.evaluator.runs import memory
+from benchmarks.measure import memory
 from evaluation.batches import open_images
 from evaluation.evaluate import evaluate, load_extractor
 

@@ -25,39 +25,31 @@ import report  # noqa: E402  (this and the next import the project from ROOT)
 from engine.checkpoint import read_facts  # noqa: E402
 from families import stack_layers  # noqa: E402
 
-FAMILIES = {  # teacher, student, epochs of recovery, flags of sampling, of training from scratch
-    "DiT": (
-        "DiT-T/4",
-        "DiT-T-D6/4",
-        20,
-        {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20},
-        {"epochs": 114},
-    ),
-    "SiT": (
-        "SiT-T/4",
-        "SiT-T-D6/4",
-        20,
-        {"cfg-scale": 2.0, "sampling-method": "heun2", "num-sampling-steps": 11},
-        {"epochs": 114, "clip-norm": 1.0},
-    ),
-    "MAR": (
-        "MAR-T",
-        "MAR-T-D6",
-        16,
-        {"cfg-scale": 4.0, "temperature": 0.9, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
-        {"epochs": 110, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
-    ),
+FAMILIES = {  # teacher, student, epochs of recovery
+    "DiT": ("DiT-T/4", "DiT-T-D6/4", 20),
+    "SiT": ("SiT-T/4", "SiT-T-D6/4", 20),
+    "MAR": ("MAR-T", "MAR-T-D6", 16),
+}
+SAMPLING_FLAGS = {
+    "DiT": {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20},
+    "SiT": {"cfg-scale": 2.0, "sampling-method": "heun2", "num-sampling-steps": 11},
+    "MAR": {"cfg-scale": 4.0, "temperature": 0.9, "num-iter": 4, "num-sampling-steps": 20, "clip-denoised": True},
+}
+SCRATCH_FLAGS = {
+    "DiT": {"epochs": 114},
+    "SiT": {"epochs": 114, "clip-norm": 1.0},
+    "MAR": {"epochs": 110, "clip-norm": 1.0, "warmup-epochs": 5, "weight-decay": 0, "betas": "0.9 0.999"},
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--family", choices=FAMILIES, default="DiT", help="whose network (default: DiT)")
 FAMILY = parser.parse_args().family
-TEACHER, STUDENT, RECOVERY_EPOCHS, SAMPLING, SCRATCH = FAMILIES[FAMILY]
+TEACHER, STUDENT, RECOVERY_EPOCHS = FAMILIES[FAMILY]
+SAMPLING, SCRATCH = SAMPLING_FLAGS[FAMILY], SCRATCH_FLAGS[FAMILY]
 RUN = Path("examples/digits") / {"DiT": "run"}.get(FAMILY, f"run-{FAMILY.lower()}")  # below ROOT, where commands run
 DEPTH, KEPT = (sum(stack_layers(model)) for model in (TEACHER, STUDENT))
 METHODS = ("learned", "block-influence", "bk-sdm", "random")
 DATA = {"data-path": RUN / "features", "results-dir": RUN / "outputs", "num-workers": 0, "mirror": 0}
 STEPS_PER_EPOCH = 1797 // 128
-TEACHER_EPOCHS = SCRATCH["epochs"]
 TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25}
 RECOVER = {**TRAIN, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
 LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}
@@ -95,7 +87,7 @@ def student(method):
 
 def weights():
     """Name of every model in the report -> its file of weights."""
-    files = {"teacher": checkpoint("teacher", TEACHER, TEACHER_EPOCHS)}
+    files = {"teacher": checkpoint("teacher", TEACHER, SCRATCH["epochs"])}
     for method in METHODS:
         files[method] = RUN / f"{method}.pt"
         files[f"{method} + fine-tuning"] = checkpoint(f"{method}-ft", student(method), RECOVERY_EPOCHS)
@@ -105,7 +97,8 @@ def weights():
 
 def stages():
     """The stages in order; each is a dict name -> command, and its commands do not depend on each other."""
-    files, teacher = weights(), weights()["teacher"]
+    files = weights()
+    teacher = files["teacher"]
     images = {"data-path": RUN / "images", "features-path": RUN / "features", "image-size": 8, "vae": "none"}
     rate = {"lr": 2e-3, "min-lr": 2e-5, "ema-decay": 0.99}
     yield {"encode": command("extract_features.py", processes=2, model=TEACHER, **images)}
@@ -121,18 +114,10 @@ def stages():
         "bk-sdm": command("prune_by_index.py", **prune, scheme="bk-sdm", save_model=files["bk-sdm"]),
         "random": command("prune_by_index.py", **prune, kept_indices=kept, save_model=files["random"]),
     }
-    distil = {
-        "prefix": "learned-kd",
-        "model": student("learned"),
-        "load-weight": files["learned"],
-        "teacher": TEACHER,
-        "load-teacher": teacher,
-    }
-    yield {"Masked KD": command("train_masked_kd.py", **distil, **RECOVER)} | {
-        f"fine-tune {method}": command(
-            "train.py", prefix=f"{method}-ft", model=student(method), load_weight=files[method], **RECOVER
-        )
-        for method in METHODS
+    starts = {method: {"model": student(method), "load-weight": files[method], **RECOVER} for method in METHODS}
+    distil = {"prefix": "learned-kd", "teacher": TEACHER, "load-teacher": teacher, **starts["learned"]}
+    yield {"Masked KD": command("train_masked_kd.py", **distil)} | {
+        f"fine-tune {method}": command("train.py", prefix=f"{method}-ft", **start) for method, start in starts.items()
     }
     samples = {"num-fid-samples": IMAGES, "per-proc-batch-size": 250, **SAMPLING}
     yield {
@@ -151,16 +136,13 @@ def run_command(name, words):
     log = RUN / "logs" / f"{name.replace(' ', '_')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "w") as output:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*launcher, *words[1:]], stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
-        )
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        done = subprocess.run([*launcher, *words[1:]], **streams, env=environment, check=False)
     lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
-    print(
-        f"\n== {name} ({time.monotonic() - start:.0f} s)\n$ {shlex.join(words)}\n{lines[-1] if lines else ''}",
-        flush=True,
-    )
+    seconds, last = time.monotonic() - start, lines[-1] if lines else ""
+    print(f"\n== {name} ({seconds:.0f} s)\n$ {shlex.join(words)}\n{last}", flush=True)
     if done.returncode:
         raise SystemExit("\n".join(lines[-40:]) + f"\n{name} failed; its whole output is in {log}")
 

@@ -3,8 +3,9 @@
 import json
 import time
 
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
@@ -14,9 +15,6 @@ from engine.sampling import SamplingPlan
 from engine.vae import LatentSpace
 from evaluation.metrics import frechet_distance_of_features
 from families import family_of, stack_layers
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SIZE, CLASSES = 8, 10  # pixels per side, digits
 COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "read as asked", "kept layers")
@@ -70,16 +68,10 @@ def measure(files, folders, settings):
     for name, file in files.items():
         layers, weights = count_layers(file), Weights(file, "--ckpt")
         samples, asked = load_samples(folders[name])
-        values = (
-            name,
-            layers,
-            weights.count_parameters(),
-            round(speed[layers], 1),
-            round(frechet_distance_of_features(samples, digits.data), 2),
-            round(float((reader.predict(samples) == asked).mean()), 4),
-            read_facts(file).get("kept", "all"),
-        )
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        distance = round(frechet_distance_of_features(samples, digits.data), 2)
+        correct = round(float((reader.predict(samples) == asked).mean()), 4)
+        values = (name, layers, weights.count_parameters(), round(speed[layers], 1), distance, correct)
+        rows.append(dict(zip(COLUMNS, (*values, weights.facts.get("kept", "all")), strict=True)))
     return rows
 
 
@@ -94,8 +86,8 @@ def format_table(rows):
 
 def draw_samples(folders, rows, path):
     """One row of pictures per model: two of every digit asked for."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.62 * len(rows)), layout="constrained")
-    for axis, row in zip(axes, rows, strict=True):
+    figure = Figure((9, 0.62 * len(rows)), layout="constrained")
+    for axis, row in zip(figure.subplots(len(rows)), rows, strict=True):
         samples, asked = load_samples(folders[row["model"]])
         chosen = np.concatenate([np.flatnonzero(asked == digit)[:2] for digit in range(10)])
         strip = np.concatenate(list(np.pad(samples[chosen].reshape(-1, 8, 8), ((0, 0), (0, 0), (0, 1)))), axis=1)
@@ -103,7 +95,6 @@ def draw_samples(folders, rows, path):
         axis.set_axis_off()
         axis.set_title(f"{row['model']} ({row['layers']} layers)", loc="left", fontsize=8, pad=2)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def read_metrics(folder):
@@ -115,7 +106,8 @@ def draw_losses(run, family, depths, path):
 
     depths: layers of the teacher and of its students.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    figure = Figure((9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for folder in sorted((run / "outputs").iterdir()):
         rows = [row for row in read_metrics(folder) if "loss" in row]
         error = next(name for name in ("mse", "gt", "loss") if name in rows[0])
@@ -127,24 +119,21 @@ def draw_losses(run, family, depths, path):
         axis.set(title=title, xlabel="step", ylabel="prediction error", yscale="log")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_decisions(run, depth, path):
     """Layers kept over the steps of gate learning, with the confidence of their group as opacity."""
     rows = [row for row in read_metrics(next((run / "outputs").glob("learn_mask-*"))) if "kept" in row]
-    figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
-    colours = plt.get_cmap("tab20")
+    figure, colours = Figure((9, 3.2), layout="constrained"), colormaps["tab20"]
+    axis = figure.subplots()
     for row in rows:
         per_group = len(row["kept"]) // len(row["confidence"])  # all groups keep as many layers
         for i, layer in enumerate(row["kept"]):
             opacity = max(0.0, row["confidence"][i // per_group] - 0.5) / 0.5
-            axis.scatter(
-                row["step"], layer, color=colours(layer % colours.N), alpha=0.1 + 0.9 * opacity, s=40, linewidths=0
-            )
+            colour = colours(layer % colours.N, alpha=0.1 + 0.9 * opacity)
+            axis.scatter(row["step"], layer, color=colour, s=40, linewidths=0)
     axis.set(xlabel="step", ylabel="kept layer", yticks=range(depth), title="Decisions while the gates learn")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def write(run, files, folders, settings, family, seconds):

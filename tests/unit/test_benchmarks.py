@@ -51,7 +51,6 @@ def test_efficiency_of_a_matmul_is_about_one():
     assert rows["x"]["speedup"] == 1
     assert rows["x"]["rate"] == pytest.approx(2 / rows["x"]["seconds"])
     assert found == {"n": 1}
-    assert measure.matmul_rate(torch.float32, cpu, (64, 64, 64), 1) > 0
 
 
 def test_bars():
