@@ -13,7 +13,7 @@ import sys
 from engine.cli import Command, launch
 from engine.errors import InputError, check_folder, check_writable, flag_errors
 from evaluation import METRICS
-from families.flags import NEEDED, SYSTEM, Flag, count, path_flag, switch
+from families.flags import NEEDED, SYSTEM, Flag, count, path_flag, path_text, switch
 
 
 def metric_list(text):
@@ -34,6 +34,7 @@ COMMAND = Command(
             "reference images, with or without stored statistics",
             required=True,
             positional=True,
+            type=path_text,
             metavar="REF",
             group=NEEDED,
         ),
@@ -42,6 +43,7 @@ COMMAND = Command(
             "samples; not needed for --save-stats",
             nargs="?",
             positional=True,
+            type=path_text,
             metavar="SAMPLE",
             shown="none",
             group=NEEDED,
@@ -82,9 +84,6 @@ def open_checked(settings):
 
     if not settings.sample and (settings.json or not settings.save_stats):
         raise InputError("SAMPLE is missing; give REF and SAMPLE, or one data set and --save-stats FILE")
-    for flag, path in (("--json", settings.json), ("--save-stats", settings.save_stats)):
-        if path:
-            check_writable(flag, path)
     if settings.cache_dir:
         check_folder("--cache-dir", settings.cache_dir)
     found = []
@@ -96,6 +95,13 @@ def open_checked(settings):
     if settings.save_stats:
         with flag_errors("--save-stats", settings.save_stats):
             check(found[-1], ("stats",), True)
+    inputs = {"REF": found[0].paths, "SAMPLE": found[-1].paths, "inception": settings.inception}
+    for flag, path, other in (
+        ("--json", settings.json, {}),
+        ("--save-stats", settings.save_stats, {"json": settings.json}),
+    ):
+        if path:
+            check_writable(flag, path, **inputs, **other)
     return found if settings.sample else (found[0], None)
 
 

@@ -24,34 +24,32 @@ parse_args = COMMAND.resolve
 
 
 def main(settings):
-    import numpy as np
-
-    from engine.data import CORRUPT, DONE
-    from engine.distributed import barrier
-    from engine.extraction import Encoder, open_store
+    from engine.distributed import shared_error
+    from engine.extraction import Extraction
     from engine.images import list_images
     from engine.run import Run
     from engine.start import print_start
     from engine.vae import LatentSpace
 
+    run = Run(settings.device, settings.precision, settings.global_seed, one_thread=True)
     pictures = list_images(settings.data_path, settings.num_classes)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     check_folder("--features-path", settings.features_path)
-    run = Run(settings.device, settings.precision, settings.global_seed, one_thread=True)
-    print_start(settings, run)
     codec = space.load_codec(run.device, channels_last=run.precision != "fp32")
-    store = open_store(settings.features_path, run, pictures, space, codec)
+    print_start(settings, run, data_path=pictures.digest())
 
-    n, size = len(pictures.paths), settings.batch_size
-    batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
-    mine = [batch for batch in batches[run.rank :: run.world] if (store.status[batch] != DONE).any()]
-    Encoder(run, codec, store, space.image_size).encode(pictures.paths, mine, settings.num_workers)
-    barrier()
-    corrupt = np.flatnonzero(store.status == CORRUPT)
+    extraction = Extraction(settings.features_path, run, pictures, space, codec)
+    try:
+        corrupt = extraction.encode(settings.batch_size, settings.num_workers)
+    finally:
+        extraction.close()
+    n = len(pictures.paths)
     run.print(f"{n - len(corrupt)} of {n} images encoded in {settings.features_path}")
-    if len(corrupt):
+    if corrupt:
         names = ", ".join(str(pictures.paths[i]) for i in corrupt[:10])
-        raise RunError(f"{len(corrupt)} corrupt image(s), left out: {names}{' ...' * (len(corrupt) > 10)}")
+        raise shared_error(
+            RunError(f"{len(corrupt)} corrupt image(s), left out: {names}{' ...' * (len(corrupt) > 10)}")
+        )
 
 
 if __name__ == "__main__":

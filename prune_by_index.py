@@ -9,7 +9,7 @@ from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, check_writable, flag_errors
 from engine.flags import PRUNING_FLAGS, shared
 from families import stack_layers
-from families.flags import UNUSED, Flag, integer_list
+from families.flags import UNUSED, Flag, integer_list, path_text
 
 COMMAND = Command(
     "prune_by_index",
@@ -25,7 +25,7 @@ COMMAND = Command(
         Flag(
             "scheme", "bk-sdm: first layers of a group in the first half, last after", choices=("bk-sdm",), shown="none"
         ),
-        Flag("pattern", "N:M groups of --scheme", "1:2", metavar="N:M"),
+        Flag("pattern", "N:M groups of --scheme", "1:2", type=path_text, metavar="N:M"),
     ),
     shared=shared(PRUNING_FLAGS),
     kinds=("sample",),
@@ -63,6 +63,7 @@ def choose_layers(kept_indices, pattern, depth):
 
 
 def main(settings):
+    from engine.distributed import on_main
     from engine.pruned import save_preview, save_pruned
     from engine.run import Run
     from engine.sampling import SamplingPlan
@@ -70,12 +71,13 @@ def main(settings):
     from engine.vae import LatentSpace
     from pruning.surgery import keep_layers
 
-    check_writable("--save-model", settings.save_model)
+    inputs = {"ckpt": settings.ckpt, "vae": settings.vae}
+    check_writable("--save-model", settings.save_model, **inputs)
     kept, facts = choose_layers(settings.kept_indices, settings.pattern, sum(stack_layers(settings.model)))
     run = Run(settings.device, seed=settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
-    weights.check_fit(settings.model, weights.read_config(settings.model))
+    weights.check_fit(settings.model, {**weights.read_config(settings.model), "num_classes": settings.num_classes})
     with flag_errors("--kept-indices" if settings.scheme is None else "--pattern", kept):
         pruned = keep_layers(weights.state, kept)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
@@ -85,7 +87,8 @@ def main(settings):
     print_start(settings, run)
     if settings.dry_run:
         return
-    name = save_pruned(run, settings.save_model, pruned, settings.model, space, source=weights.path, **facts)
+    facts["source"] = weights.path
+    name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
 

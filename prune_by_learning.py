@@ -10,7 +10,7 @@ from engine.cli import Command, launch
 from engine.errors import InputError, check_writable, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
 from families import model_config, stack_layers
-from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, switch
+from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
 
 COMMAND = Command(
     "prune_by_learning",
@@ -20,6 +20,7 @@ COMMAND = Command(
         Flag(
             "pattern",
             "N:M groups, e.g. 1:2 for all layers, or 2:4x5,3:4x2",
+            type=path_text,
             shown="that of a gated model's name",
             metavar="N:M",
         ),
@@ -68,7 +69,7 @@ def choose_groups(model, pattern):
 def main(settings):
     from diffusion.objectives import TrainStep
     from engine.data import network_config
-    from engine.distributed import barrier
+    from engine.distributed import on_main
     from engine.networks import NetworkStart, StateSketch
     from engine.pruned import save_pruned
     from engine.run import Run, cast_frozen_weights
@@ -83,7 +84,8 @@ def main(settings):
     groups = choose_groups(settings.model, settings.pattern)
     run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
-    check_writable("--save-model", save_model)
+    inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
+    check_writable("--save-model", save_model, **inputs)
     space, data = open_data(settings)
     original = settings.weights["load_weight"]
     start = NetworkStart(settings.model, {**network_config(data.dataset, space), "groups": groups}, original)
@@ -124,9 +126,7 @@ def main(settings):
     folder.log(f"[!] Final Decision: {kept}")
     folder.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
     facts = {"source": original.name, "kept": kept, "pattern": format_pattern(groups), "confidence": confidence}
-    if run.is_main:
-        save_pruned(run, save_model, keep_layers(original.state, kept), settings.model, space, **facts)
-    barrier()
+    on_main(lambda: save_pruned(run, save_model, keep_layers(original.state, kept), settings.model, space, **facts))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def main(settings):
     from tqdm import tqdm
 
     from engine.calibration import Calibration
+    from engine.distributed import on_main
     from engine.pruned import save_preview, save_pruned
     from engine.run import Run
     from engine.sampling import SamplingPlan
@@ -39,7 +40,8 @@ def main(settings):
     from pruning.scores import least_influential, measure_influence
     from pruning.surgery import keep_layers
 
-    check_writable("--save-model", settings.save_model)
+    inputs = {"ckpt": settings.ckpt, "vae": settings.vae, "data_path": settings.data_path}
+    check_writable("--save-model", settings.save_model, **inputs)
     depth = sum(stack_layers(settings.model))
     if settings.n_pruned >= depth:
         raise InputError(
@@ -50,11 +52,13 @@ def main(settings):
     run = Run(settings.device, seed=settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
-    config = weights.read_config(settings.model)
+    config = {**weights.read_config(settings.model), "num_classes": settings.num_classes}
     weights.check_fit(settings.model, config)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     if settings.preview:
         plan.check()
+    if settings.clean_latents:
+        plan.make_sampler()  # whose chain has all these steps
 
     calibration = settings.make(Calibration, space=space)
     batches = calibration.batches(run.device, config["in_channels"])
@@ -78,7 +82,7 @@ def main(settings):
     facts = {"source": weights.path, "kept": kept, "scores": scores.tolist()}
     with flag_errors("--n-pruned", settings.n_pruned):
         pruned = keep_layers(weights.state, kept)
-    name = save_pruned(run, settings.save_model, pruned, settings.model, space, **facts)
+    name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
 

@@ -46,7 +46,7 @@ def main(settings):
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
     output = settings.output or name_output(weights.name, settings)
-    check_writable("--output", output)
+    check_writable("--output", output, ckpt=weights.name, vae=settings.vae)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     plan.check()
 

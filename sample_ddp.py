@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.cli import Command, launch
-from engine.errors import InputError, check_folder, flag_errors
+from engine.errors import InputError, check_folder, check_writable, flag_errors
 from engine.flags import SAMPLING_FLAGS, shared
 from families.flags import NEEDED, SYSTEM, Flag, count, path_flag
 
@@ -23,7 +23,7 @@ COMMAND = Command(
     own=(
         Flag("num-fid-samples", "images to make", 50000, type=count, group=NEEDED),
         path_flag("sample-dir", "parent folder of image folders", "samples", metavar="FOLDER"),
-        Flag("evaluate", "then run the evaluator against this reference", shown="no", metavar="REF", group=NEEDED),
+        path_flag("evaluate", "then run the evaluator against this reference", shown="no", metavar="REF"),
         path_flag("inception", "weights for --evaluate", shown="found or downloaded"),
         path_flag("pack", "only pack the pictures of a folder, by their numbers", shown="no", metavar="FOLDER"),
         Flag("per-proc-batch-size", "images sampled together", 32, type=count, group=SYSTEM),
@@ -42,7 +42,9 @@ SAMPLE_SETTINGS = (
 
 def parse_args(argv=None):
     typed = COMMAND.parse(argv)
-    command = replace(COMMAND, weights=()) if typed.get("pack") else COMMAND  # packing needs no weights
+    if "pack" in typed and "evaluate" in typed:
+        raise InputError("--pack: only packs; leave out --evaluate, and run evaluator.py on the .npz")
+    command = replace(COMMAND, weights=()) if "pack" in typed else COMMAND  # packing needs no weights
     return command.resolve(typed=typed)
 
 
@@ -111,48 +113,59 @@ def pack_folder(folder):
 
     if not os.path.isdir(folder):
         raise InputError(f"--pack {folder}: no such folder; expected a folder of pictures")
-    print("wrote", pack_npz(f"{folder.rstrip('/')}.npz", numbered_images(folder), f"--pack {folder}"))
+    path = f"{folder.rstrip('/')}.npz"
+    check_writable("--pack", path)
+    with flag_errors("--pack", folder):
+        print("wrote", pack_npz(path, numbered_images(folder)))
 
 
 def main(settings):
-    from engine.distributed import barrier
+    from engine.distributed import barrier, gather, on_main
+    from engine.lock import check_shared
     from engine.run import Run
     from engine.sample_folder import SampleFolder
     from engine.sampling import SamplingPlan
     from engine.start import note_early_average, print_start
     from engine.vae import LatentSpace
+    from evaluation.evaluate import load_extractor
 
     if settings.pack:
         pack_folder(settings.pack)
         return
+    run = Run(settings.device, settings.precision, settings.global_seed, tf32=settings.tf32, one_thread=True)
     check_folder("--sample-dir", settings.sample_dir)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights, own, n = settings.weights["ckpt"], settings.own("sample"), settings.num_fid_samples
-    run = Run(settings.device, settings.precision, settings.global_seed, tf32=settings.tf32, one_thread=True)
     reference = open_reference(settings.evaluate, n) if settings.evaluate else None
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=own)
     plan.check()
 
-    made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own
-    folder = SampleFolder(settings.sample_dir, name_folder(settings, weights.path), made_with, weights.path)
+    made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own | {"weights": weights.digest}
+    folder = SampleFolder(settings.sample_dir, name_folder(settings, weights.path), made_with, settings.image_size)
+    check_writable("--sample-dir", f"{folder.path}.npz", evaluate=reference.paths if reference else None)
     print_start(settings, run)
     note_early_average(run, weights)
-    if run.is_main:
-        folder.prepare()
-    missing = {i for i in range(n) if not folder.file(i).exists()}
-    run.print(f"{n - len(missing)} of {n} images are there, {len(missing)} to make in {folder.path}")
-    barrier()
-    size = settings.per_proc_batch_size
-    batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
-    speed = sample_missing(run, plan, folder, batches, missing, settings.global_seed)
-    if speed:
-        run.print(f"{speed * run.world:.2f} images/s")
-    barrier()
-    if run.is_main:
-        run.print(f"wrote {folder.pack(n, settings.global_seed, settings.num_classes)}")
-    barrier()
     if reference:
-        run_evaluator(run, reference, settings.evaluate, f"{folder.path}.npz", settings.inception)
+        with flag_errors("--inception", settings.inception or "(not given)"):
+            load_extractor(path=settings.inception)  # only to see that it is there, before hours of sampling
+    on_main(folder.prepare)
+    try:
+        check_shared("--sample-dir", folder.path)
+        parts = gather(folder.find_missing(range(run.rank, n, run.world)))
+        missing = {number for part in parts for number in part}
+        run.print(f"{n - len(missing)} of {n} images are there, {len(missing)} to make in {folder.path}")
+        size = settings.per_proc_batch_size
+        batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        speed = sample_missing(run, plan, folder, batches, missing, settings.global_seed)
+        if speed:
+            run.print(f"{speed * run.world:.2f} images/s")
+        barrier()
+        packed = on_main(lambda: folder.pack(n, settings.global_seed, settings.num_classes), patient=True)
+        run.print(f"wrote {packed}")
+    finally:
+        folder.close()
+    if reference:
+        run_evaluator(run, reference, settings.evaluate, packed, settings.inception)
 
 
 if __name__ == "__main__":

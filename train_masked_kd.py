@@ -9,7 +9,7 @@ from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
 from families import family_of, model_name, stack_layers
-from families.flags import NEEDED, Flag, amount, path_flag, share
+from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share
 
 COMMAND = Command(
     "train_masked_kd",
@@ -20,12 +20,13 @@ COMMAND = Command(
         Flag(
             "pattern",
             "N:M groups that pair the layers, e.g. 2:4x7",
+            type=path_text,
             shown="even groups, else the pattern recorded with the weights",
             metavar="N:M",
         ),
         Flag("alpha", "weight of output distillation; the loss gets the rest", 0.9, type=share),
         Flag("beta", "weight of the feature loss in the first epoch", 1e-2, type=amount),
-        Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=amount),
+        Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=limit),
     ),
     shared=shared(f"{TRAINING_FLAGS} lr min-lr", num_workers=8),
     kinds=("train",),

@@ -1,7 +1,6 @@
 """Files of weights and of training state: opened once, read safely, checked against a model, written whole."""
 
 import argparse
-import json
 import math
 import os
 import pickle
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engine.errors import InputError, flag_errors
-from engine.files import download, write_atomically, write_json
+from engine.files import digest_file, download, read_json, write_atomically, write_json
 from families import RELEASES, SHAPE_ARGUMENTS, create_model, describe_shapes, family_of, model_config
 
 ENTRIES = ("ema", "model_ema", "model")  # of a training checkpoint, in order of preference
 GATES = "gumbel_gates."
+FLOATS = {"F64", "F32", "F16", "BF16"}  # types of numbers in .safetensors that weights can have
 
 
 class Weights:
@@ -35,8 +35,9 @@ class Weights:
     def __init__(self, name, flag, average=True):
         self.name, self.flag, self.average = str(name), flag, average
         self.release = None if os.path.isfile(name) else RELEASES.get(self.name)
-        self.facts = dict(self.release.settings) if self.release else read_facts(name)
+        self.facts = dict(self.release.settings) if self.release else read_facts(name, flag)
         self.opened = None if self.release else open_weights(self.name, flag, average)
+        self.checked = False  # whether its numbers were looked at
 
     @cached_property
     def path(self):
@@ -51,10 +52,29 @@ class Weights:
         """The opened file, see `Opened`."""
         return self.opened or open_weights(self.path, self.flag, self.average)
 
+    @cached_property
+    def digest(self):
+        """A short digest of the file's contents."""
+        return digest_file(self.path)
+
     @property
     def state(self):
-        """The state dict, {key: tensor}; not kept here, so that a run does not hold it in memory to its end."""
+        """The state dict, {key: tensor}; not kept here, so that a run does not hold it in memory to its end.
+
+        Raises InputError if something in it has changed since it was written, or is no finite number.
+        """
+        self.check_numbers()
         return self.file.read()
+
+    def check_numbers(self):
+        """Raise InputError if something in the file has changed since it was written, or is no finite number."""
+        if self.checked:
+            return
+        check_intact(self.path, self.flag)
+        for key, value in self.file.read().items():
+            if not key.startswith(GATES) and not value.float().isfinite().all():
+                raise wrong_numbers(key, self.name, self.flag)
+        self.checked = True
 
     def count_parameters(self):
         """Number of weights, those of gates left out."""
@@ -75,10 +95,6 @@ class Weights:
 
         option: the flag that names the model, for the message, which says what would fit.
         """
-        found = {key: tuple(shape) for key, shape in self.file.shapes.items() if not key.startswith(GATES)}
-        expected = expected_shapes(model, config)
-        if found == expected:
-            return
         told, asked, name = self.describe(model), {**model_config(model), **config}, f"{self.flag} {self.name}"
         for key, flag in (("num_classes", "--num-classes"), ("in_channels", "--vae"), ("input_size", "--image-size")):
             if key in asked and asked[key] != told[key] and told["model"] == model:
@@ -90,8 +106,13 @@ class Weights:
                 f"{name}: has {sum(told['depths'])} layers of width {told['hidden_size']}, but {option} {model} has "
                 f"{sum(depths)} of width {width}; {advice}"
             )
-        different = min(set(found.items()) ^ set(expected.items()))
-        raise InputError(f"{name}: does not fit {option} {model}: keys or shapes differ, the first is {different[0]}")
+        found = {key: tuple(shape) for key, shape in self.file.shapes.items() if not key.startswith(GATES)}
+        different = set(found.items()) ^ set(expected_shapes(model, config).items())
+        if different:
+            raise InputError(
+                f"{name}: does not fit {option} {model}: keys or shapes differ, the first is {min(different)[0]}"
+            )
+        self.check_numbers()
 
     def build(self, model, config, device):
         """The network called `model` in float32 on `device`, with a copy of these weights, which fit."""
@@ -129,6 +150,10 @@ def open_weights(path, flag, average=True):
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in items):
         wanted = "an entry ema or model" if average else "an entry model"
         raise InputError(f"{flag} {path}: holds no weights; expected a state dict or {wanted}")
+    for key, value in weights.items():
+        is_dense = value.layout == torch.strided and not value.is_meta
+        if not key.startswith(GATES) and not (is_dense and value.is_floating_point()):
+            raise wrong_numbers(key, path, flag)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     around = {key: value for key, value in checkpoint.items() if key not in ENTRIES} if found else {}
     return Opened(shapes, lambda: weights, around, averaged=found in ENTRIES[:2])
@@ -145,7 +170,12 @@ def open_safetensors(path, flag):
         raise missing_file(path, flag)
     with damage_errors(path, flag):
         file = safe_open(path, "pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        headers = {key: file.get_slice(key) for key in sorted(file.keys())}
+        shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
+        kinds = {key: header.get_dtype() for key, header in headers.items()}
+    for key, kind in kinds.items():
+        if kind not in FLOATS and not key.startswith(GATES):
+            raise wrong_numbers(key, path, flag)
 
     def read():
         with damage_errors(path, flag):
@@ -184,12 +214,16 @@ def damage_errors(path, flag):
         yield
     except pickle.UnpicklingError:
         raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, SafetensorError):
+    except Exception:  # it may be any: torch computes with what it finds
         raise damaged_file(path, flag) from None
 
 
 def missing_file(path, flag):
     return InputError(f"{flag} {path}: no such file; expected a checkpoint (.pt or .safetensors)")
+
+
+def wrong_numbers(key, path, flag):
+    return InputError(f"{flag} {path}: {key} does not hold finite floating-point numbers; take another file")
 
 
 def damaged_file(path, flag):
@@ -207,34 +241,51 @@ def facts_path(path):
     return Path(f"{path}.json")
 
 
-def read_facts(path):
-    """What was recorded with a file of weights (model, kept layers, pattern, source, ...), or an empty dict."""
-    try:
-        facts = json.loads(facts_path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+def read_facts(path, flag="facts"):
+    """What was recorded with a file of weights (model, kept layers, pattern, source, ...), or an empty dict.
+
+    Raises InputError for a file that is there and holds something else.
+    """
+    facts = facts_path(path)
+    return read_json(flag, facts) if os.path.lexists(facts) else {}
 
 
 def save_weights(path, state, **facts):
     """Write a plain state dict (.pt, or .safetensors by suffix) and, beside it, its facts as <path>.json."""
+    # Facts first: weights without theirs would be taken for something else.
+    write_json(facts_path(path), facts)
     if str(path).endswith(".safetensors"):
         contiguous = {key: value.contiguous() for key, value in state.items()}
         write_atomically(path, lambda temporary: save_file(contiguous, temporary))
     else:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
-    write_json(facts_path(path), facts)
 
 
 def save_state(path, state, **facts):
     """Write a training state (tensors and plain values) and, beside it, facts about its weights."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
     write_json(facts_path(path), facts)
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def read_state(path, flag="--resume"):
-    """A training state of a run folder; raises InputError for any other file."""
+    """A training state of a run folder, whole and unchanged; raises InputError for any other file."""
+    check_intact(path, flag)
     state = read_file(path, flag)
-    if not isinstance(state, dict) or not isinstance(state.get("train_steps"), int):
+    if not isinstance(state, dict) or type(state.get("train_steps")) is not int or state["train_steps"] < 0:
         raise InputError(f"{flag} {path}: not a training state; take a file of a run folder's checkpoints")
     return state
+
+
+def check_intact(path, flag):
+    """Raise InputError if a file of torch.save does not have the checksums that were written with it."""
+    if not os.path.isfile(path):
+        raise missing_file(path, flag)
+    if not zipfile.is_zipfile(path):
+        return  # read_file says what is wrong, or it is of the old format, which has none
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{flag} {path}: damaged ({error}); take another file") from None
+    if broken:
+        raise InputError(f"{flag} {path}: damaged ({broken} has changed since it was written); take another file")

@@ -2,11 +2,12 @@
 
 import argparse
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import InputError, RunError
+from engine.errors import InputError, RunError, StoppedError
 from engine.resolve import resolve
 from families import FAMILIES
 from families.flags import FAMILY, GROUPS, UNUSED, Flag
@@ -109,6 +110,7 @@ def add_flag(group, flag, default):
     options = {"help": f"{flag.help} {default}".replace("%", "%%")}
     if flag.positional:
         options |= {"nargs": flag.nargs, "choices": flag.choices, "metavar": flag.metavar}
+        options["type"] = as_argument(flag.type)
         group.add_argument(flag.name, **options)
         return
     if flag.opposite:
@@ -187,13 +189,53 @@ def unused_flags(**defaults):
 def launch(main, parse_args):
     """Run a script: messages instead of tracebacks for what users can correct, and an orderly end of all processes."""
     try:
-        main(parse_args())
-    except (InputError, RunError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(run_script(main, parse_args))
     finally:
         if "torch" in sys.modules:
             from engine.distributed import shutdown
 
             shutdown()
+
+
+def run_script(main, parse_args):
+    """The exit status of a script: 0, 1 with a message for what users can correct, 128 + N when stopped by signal N."""
+    try:
+        main(parse_args())
+    except (InputError, RunError) as error:
+        if should_say(error):
+            say(error)
+        return 128 + error.signal if isinstance(error, StoppedError) else 1
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        say(f"another process of this run has ended or does not answer ({reason}); see its message, then repeat")
+        return 1
+    except SystemExit as end:
+        if end.code == 2:  # argparse has said why
+            should_say(InputError("its command line is wrong"))
+        raise
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def say(error):
+    """Show an error as the scripts do."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+
+
+def is_lost_process(error):
+    """Whether a RuntimeError is torch's way to say that an exchange with another process has failed."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and "gloo" in str(error).lower())
+
+
+def should_say(error):
+    """Whether this process shows an error: one of a process alone is told to the others, one of all is shown once."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from engine.distributed import is_main, refuse
+
+    return is_main() if getattr(error, "shared", False) else refuse(str(error))

@@ -1,6 +1,8 @@
 """Latents on disk: one memory-mapped array written by index, read by whole batches in an order fixed by the seed."""
 
+import hashlib
 import json
+import math
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,41 +15,108 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from engine.distributed import world_size
-from engine.errors import InputError
-from engine.files import write_json
+from engine.errors import InputError, one_line
+from engine.files import write_atomically, write_json
 from engine.images import keep_batch
 
 PENDING, DONE, CORRUPT = 0, 1, 2
 READ_AGAIN = "run extract_features.py on it again"
+MAKE_AGAIN = "delete it and run extract_features.py again"
+STORE_ERRORS = (OSError, ValueError, KeyError, TypeError, SyntaxError, RecursionError, OverflowError, EOFError)
 
 
 class LatentStore:
-    """A folder with features.npy (images, 2, C, h, w), labels.npy, status.npy and metadata.json.
+    """A folder with features.npy (images, 2, C, h, w), labels.npy, status.npy and metadata.json, memory-mapped.
 
-    Version 0 of an image is the picture, version 1 its mirror. Any number of processes write, each its own indices.
+    Version 0 of an image is the picture, version 1 its mirror. Raises ValueError, KeyError, TypeError or OSError for
+    files that are damaged or do not belong together.
     """
 
     def __init__(self, folder, mode="r"):
         self.folder = Path(folder)
-        self.metadata = json.loads((self.folder / "metadata.json").read_text())
+        self.metadata = read_metadata(self.folder / "metadata.json")
         self.shape = tuple(self.metadata["shape"])
+        if len(self.shape) != 3 or not all(type(size) is int and size > 0 for size in self.shape):
+            raise ValueError(f"metadata.json has shape {self.metadata['shape']}; expected three sizes")
+        for name in ("features", "labels", "status"):
+            check_length(self.folder / f"{name}.npy")
         self.features, self.labels, self.status = (
             np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in ("features", "labels", "status")
         )
+        n = self.labels.size
+        for name, kind, shape in (
+            ("features", "f4", (n, 2, *self.shape)),
+            ("labels", "i8", (n,)),
+            ("status", "u1", (n,)),
+        ):
+            found = getattr(self, name)
+            if (found.dtype, found.shape) != (np.dtype(kind), shape):
+                raise ValueError(f"{name}.npy holds {found.dtype} {found.shape}, expected {np.dtype(kind)} {shape}")
+        if n and self.status.max() > CORRUPT:
+            raise ValueError("status.npy holds other values than 0, 1 and 2")
 
     @classmethod
     def create(cls, folder, labels, metadata):
-        """Make an empty store for len(labels) images, or keep the one that has the same metadata."""
+        """Make an empty store for len(labels) images, or keep the one that is there.
+
+        Room for all latents is taken at once: a full disk shows itself here, and not after hours.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         n, target = len(labels), folder / "metadata.json"
-        if not target.exists():
-            shapes = {"features": ((n, 2, *metadata["shape"]), np.float32), "status": ((n,), np.uint8)}
-            for name, (shape, dtype) in shapes.items():
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
-            np.save(folder / "labels.npy", np.asarray(labels, np.int64))
+        if not os.path.lexists(target):
+            shape = (n, 2, *metadata["shape"])
+            write_atomically(folder / "features.npy", lambda path: allocate_array(path, shape, np.float32))
+            write_atomically(folder / "status.npy", lambda path: allocate_array(path, (n,), np.uint8))
+            write_array(folder / "labels.npy", np.asarray(labels, np.int64))
             write_json(target, metadata)
         return cls(folder, "r+")
+
+
+def read_metadata(path):
+    """What metadata.json holds. Raises ValueError or OSError if it cannot be read."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing, or not a file")
+    return json.loads(Path(path).read_text())
+
+
+def allocate_array(path, shape, dtype):
+    """Write an .npy file of zeros whose disk space is taken."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    with open(path, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+
+
+def write_array(path, array):
+    """Write an .npy file whole or not at all."""
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    write_atomically(path, write)
+
+
+def read_header(path):
+    """(shape, dtype, where the data begin) of an .npy file. Raises ValueError for another file."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing, or not a file")
+    with open(path, "rb") as file:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        try:
+            shape, _, dtype = read(file)
+        except Exception as error:  # it may be any: numpy parses the header as Python
+            raise ValueError(f"{Path(path).name} has a damaged header ({one_line(error):.100})") from None
+        return shape, dtype, file.tell()
+
+
+def check_length(path):
+    """Raise ValueError unless an .npy file is as long as its header says; numpy would fill up a shorter one."""
+    shape, dtype, start = read_header(path)
+    expected, found = start + math.prod(shape) * dtype.itemsize, os.path.getsize(path)
+    if found != expected:
+        raise ValueError(f"{Path(path).name} has {found:,} bytes, expected {expected:,}")
 
 
 class LatentDataset(Dataset):
@@ -63,6 +132,13 @@ class LatentDataset(Dataset):
 
     def __len__(self):
         return len(self.labels)
+
+    def digest(self):
+        """A short digest of sizes, labels, and the latents of 64 images."""
+        images = np.linspace(0, len(self) - 1, 64).astype(int)
+        x, _ = self.__getitems__(2 * images)
+        parts = (str(self.metadata["shape"]).encode(), np.ascontiguousarray(self.labels), x.numpy())
+        return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()[:16]
 
     def __getitems__(self, items, pin_memory=False):
         """Latents (N, C, h, w) float32 and labels (N,), read straight into pinned memory if a GPU will fetch them."""
@@ -84,11 +160,8 @@ class MappedLatents:
     def __init__(self, folder):
         try:
             store = LatentStore(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--data-path {folder}: damaged latents ({error!r}); {READ_AGAIN}") from None
-        n, found = len(store.labels), (store.features.shape, store.features.dtype)
-        if not (len(store.status) == n and found == ((n, 2, *store.shape), np.float32)):
-            raise InputError(f"--data-path {folder}: features, labels and metadata do not match; {READ_AGAIN}")
+        except STORE_ERRORS as error:
+            raise InputError(f"--data-path {folder}: damaged latents ({one_line(error)}); {MAKE_AGAIN}") from None
         pending = int((store.status == PENDING).sum())
         if pending:
             raise InputError(
@@ -113,27 +186,52 @@ class PublishedLatents:
             raise InputError(
                 f"--data-path {folder}: no latents (metadata.json or *_features and *_labels); {READ_AGAIN}"
             )
-        self.files, labels = ({file.stem: file for file in path.glob("*.npy")} for path in found.values())
+        self.files, labels = (list_arrays(path) for path in found.values())
         unpaired = sorted(set(self.files) ^ set(labels))
         if unpaired or not self.files:
             detail = f"{unpaired[0]}.npy is in one of *_features and *_labels only" if unpaired else "no files"
             raise InputError(f"--data-path {folder}: {detail}; {READ_AGAIN}")
         self.names = sorted(self.files, key=lambda name: (len(name), name))
         try:
-            self.labels = np.array([int(np.load(labels[name]).reshape(-1)[0]) for name in self.names])
+            self.labels = np.array([read_label(labels[name]) for name in self.names])
             looked_at = self.names[:: max(1, len(self.names) // 100)]  # opening all of a million files takes minutes
-            shapes = {np.load(self.files[name], mmap_mode="r").shape[1:] for name in looked_at}
-        except (OSError, ValueError, IndexError) as error:
-            raise InputError(f"--data-path {folder}: damaged latents ({error}); {READ_AGAIN}") from None
-        if len(shapes) > 1 or len(next(iter(shapes))) != 3:
-            raise InputError(f"--data-path {folder}: expected files of (2, C, h, w), found {shapes}; {READ_AGAIN}")
+            shapes = {map_published(self.files[name]).shape[1:] for name in looked_at}
+        except STORE_ERRORS as error:
+            raise InputError(f"--data-path {folder}: damaged latents ({one_line(error)}); {MAKE_AGAIN}") from None
+        if len(shapes) > 1:
+            raise InputError(f"--data-path {folder}: files of several shapes: {shapes}; {READ_AGAIN}")
         self.metadata = {"shape": list(shapes.pop())}
 
     def read(self, images, versions, out):
         """Write the latents of these images, in these versions, to `out` (N, C, h, w)."""
         for row, image, version in zip(out, images, versions, strict=True):
-            pair = np.load(self.files[self.names[image]], mmap_mode="r")
+            pair = map_published(self.files[self.names[image]])
             row[:] = pair[min(version, len(pair) - 1)]
+
+
+def read_label(path):
+    """The label in a file of the original's layout. Raises ValueError unless it is one whole number."""
+    check_length(path)
+    found = np.load(path).reshape(-1)
+    if len(found) != 1 or found.dtype.kind not in "iuf" or int(found[0]) != found[0]:
+        raise ValueError(f"{path} holds {found.dtype} {found.shape}; expected one whole number")
+    return int(found[0])
+
+
+def map_published(path):
+    """The latents (1 or 2, C, h, w) in a file of the original's layout; raises ValueError for another array."""
+    pair = np.load(path, mmap_mode="r")
+    if pair.ndim != 4 or not len(pair) or pair.dtype.kind != "f":
+        raise ValueError(f"{path} holds {pair.dtype} {pair.shape}; expected floating-point (2, C, h, w)")
+    return pair
+
+
+def list_arrays(folder):
+    """{name without suffix: path} of the .npy files in a folder; none if it is no folder."""
+    if not os.path.isdir(folder):
+        return {}
+    with os.scandir(folder) as entries:
+        return {Path(e.name).stem: Path(e.path) for e in entries if e.name.endswith(".npy") and e.is_file()}
 
 
 def open_latents(folder, space):
@@ -142,6 +240,11 @@ def open_latents(folder, space):
     Raises InputError for damaged or unfinished ones, another size, or labels that are not classes.
     """
     dataset = LatentDataset(folder)
+    if not len(dataset):
+        raise InputError(f"--data-path {folder}: holds no image that could be encoded; {READ_AGAIN}")
+    recorded = dataset.metadata.get("vae", space.vae)
+    if (recorded == "none") != (space.vae == "none"):
+        raise InputError(f"--vae {space.vae}: the latents of --data-path {folder} were made with {recorded}; take that")
     height, width = dataset.metadata["shape"][1:]
     if (height, width) != (space.size, space.size):
         raise InputError(
@@ -238,14 +341,18 @@ class TrainingData:
     def total_steps(self):
         return self.epochs * self.steps_per_epoch
 
+    def order(self, steps, rank=0, world=1):
+        """The items, 2 * image + version, that this process reads at each of these steps."""
+        batch, seed, mirror = self.global_batch_size, self.global_seed, self.mirror
+        return BatchOrder(len(self.dataset), batch, seed, mirror, steps, rank, world)
+
     def batches(self, steps, rank=0, world=1, pin_memory=False):
         """Batches (x, y) of this process for a range of steps, read while the step before them is computed.
 
         By `num_workers` processes if every image is a file. Sending a batch between processes takes longer than copying
         it out of a memory map: there, one thread does it for any number of workers, and with none the caller itself.
         """
-        batch, seed, mirror = self.global_batch_size, self.global_seed, self.mirror
-        order = BatchOrder(len(self.dataset), batch, seed, mirror, steps, rank, world)
+        order = self.order(steps, rank, world)
         if self.dataset.mapped:
             read = partial(self.dataset.__getitems__, pin_memory=pin_memory)
             return read_ahead(read, order) if self.num_workers else map(read, order)

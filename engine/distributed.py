@@ -1,4 +1,7 @@
-"""Processes: one per GPU under a launcher (NCCL), one per CPU share without GPUs (gloo), or a single one."""
+"""Processes: one per GPU under a launcher (NCCL), one per CPU share without GPUs (gloo), or a single one.
+
+Small things such as refusals, decisions and signals go over gloo also where tensors go over NCCL.
+"""
 
 import os
 import re
@@ -7,14 +10,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.errors import InputError
+from engine.errors import InputError, RunError
+
+TIMEOUT = timedelta(minutes=10)  # until all processes are there, and for every exchange between them
+MAIN_TIMEOUT = timedelta(hours=4)  # while the main process packs or evaluates 50,000 pictures
+
+_state = {
+    "agreed": False,
+    "patient": None,
+}  # whether refusals were exchanged; the group that waits for the main process
 
 
 def start_processes(device="auto"):
     """Join the process group of the launcher, if there is one, and return this process's torch.device.
 
-    Raises InputError for a device that is not there.
+    Raises InputError for a device that is not there, and RunError if the other processes do not come.
     """
+    join_group()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,11 +37,37 @@ def start_processes(device="auto"):
         if not torch.cuda.is_available():
             raise InputError(f"--device {device}: this machine has no usable GPU; take --device cpu")
         device = torch.device("cuda", local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        # The main process may pack or evaluate 50,000 pictures while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     return device
+
+
+def join_group():
+    """Join the launcher's process group, whatever device will be used."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    _state["agreed"] = False
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **_find_others())
+        _state["patient"] = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # of torch's store and of its variables
+        reason = str(error).splitlines()[0]
+        raise RunError(f"process {rank()} of {world_size()} cannot join the others ({reason})") from None
+
+
+def _find_others():
+    """Where processes find each other, as arguments of init_process_group.
+
+    A launcher of one host that restarts its processes gives them the store of those before, whose addresses are
+    outdated. Several hosts do not know the number of a restart in common: there the launcher has to make new stores.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1" or "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return {}
+    store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(prefix, store), "rank": number, "world_size": world}
 
 
 def rank():
@@ -45,15 +83,133 @@ def is_main():
 
 
 def barrier():
+    """Wait for all processes, hours if the main process has much to do alone."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_state["patient"])
 
 
 def all_reduce(tensor, op="sum"):
-    """Combine a tensor over all processes, in place: "sum" or "min"."""
+    """Combine a tensor over all processes, in place: "sum", "min" or "max"."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[op])
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
     return tensor
+
+
+def gather(value):
+    """The small values of all processes, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(work, patient=False):
+    """work() in the main process; all return its small result, or raise its InputError or RunError.
+
+    patient: the others wait for hours, as in `barrier`.
+    """
+    result = error = None
+    if is_main():
+        try:
+            result = work()
+        except (InputError, RunError) as found:
+            error = found
+    if dist.is_initialized():
+        shared = [(result, error)]
+        dist.broadcast_object_list(shared, src=0, group=_state["patient"] if patient else None)
+        result, error = shared[0]
+    if error:
+        raise shared_error(error)
+    return result
+
+
+def broadcast(value):
+    """The main process's tensors and plain values, nested in dicts and lists; the value of others is not looked at.
+
+    Tensors arrive one by one on the CPU.
+    """
+    if not dist.is_initialized():
+        return value
+    shapes = []
+    skeleton = [_replace_tensors(value, shapes) if is_main() else None]
+    dist.broadcast_object_list(skeleton, src=0)
+    return _receive_tensors(skeleton[0], iter(shapes))
+
+
+def _replace_tensors(value, found):
+    """The value with (shape, dtype) in place of tensors, which are appended to `found`."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+        return _Shape(tuple(value.shape), value.dtype)
+    if isinstance(value, dict):
+        return {key: _replace_tensors(inner, found) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replace_tensors(inner, found) for inner in value)
+    return value
+
+
+class _Shape(tuple):
+    """Where a tensor belongs: (shape, dtype)."""
+
+    def __new__(cls, shape, dtype):
+        return super().__new__(cls, (shape, dtype))
+
+    def __getnewargs__(self):
+        return tuple(self)
+
+
+def _receive_tensors(value, own):
+    """The skeleton with the main process's tensors, whose own ones are `own`."""
+    if isinstance(value, _Shape):
+        shape, dtype = value
+        tensor = next(own).contiguous() if is_main() else torch.empty(shape, dtype=dtype)
+        dist.broadcast(tensor, src=0)
+        return tensor
+    if isinstance(value, dict):
+        return {key: _receive_tensors(inner, own) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_receive_tensors(inner, own) for inner in value)
+    return value
+
+
+def agree(about):
+    """Compare {what: value} over all processes, before they do anything together.
+
+    Raises RunError on all of them if one refused to start, see `refuse`, or if two differ.
+    """
+    found = gather((None, about))
+    _state["agreed"] = True
+    for k, (refusal, theirs) in enumerate(found):
+        if refusal:
+            raise shared_error(RunError(f"process {k} of {len(found)}: {refusal}"))
+        for name, value in found[0][1].items():
+            if theirs.get(name) != value:
+                raise shared_error(
+                    RunError(
+                        f"processes disagree on {name}: {theirs.get(name)} in process {k}, {value} in process 0; start "
+                        "all with the same command, code and files"
+                    )
+                )
+
+
+def refuse(message):
+    """Tell the other processes, which wait in `agree`, that this one does not start; returns whether to say it here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _state["agreed"]:
+        return True
+    try:
+        join_group()
+        gather((message, {}))
+    except (RuntimeError, ValueError):  # the others are gone
+        return True
+    _state["agreed"] = True
+    return is_main()
+
+
+def shared_error(error):
+    """Mark an error that all processes raise: the main one shows it for all."""
+    error.shared = True
+    return error
 
 
 def shutdown():

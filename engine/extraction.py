@@ -1,70 +1,169 @@
 """Encoding pictures into latents: the store that all processes write to, and the encoder that fills it."""
 
+import os
+
+import numpy as np
 from tqdm import tqdm
 
-from engine.data import CORRUPT, DONE, LatentStore
-from engine.distributed import barrier
-from engine.errors import InputError
+from engine.data import CORRUPT, DONE, MAKE_AGAIN, STORE_ERRORS, LatentStore, read_header, write_array
+from engine.distributed import barrier, on_main
+from engine.errors import InputError, RunError, one_line
+from engine.files import remove_partial_files, write_errors
 from engine.images import from_uint8, picture_loader
+from engine.lock import FolderLock, check_shared
 from engine.sampling import ImageDraws
 from engine.vae import encode_pictures
 
-
-def open_store(folder, run, pictures, space, codec):
-    """The store for latents of an engine.images.PictureList: made by the main process, opened by all.
-
-    Raises InputError if the folder holds something else.
-    """
-    metadata = {
-        "images": len(pictures.labels),
-        "shape": [codec.stored_channels, space.size, space.size],
-        "num_classes": len(pictures.classes),
-        "classes": pictures.classes,
-        "image_size": space.image_size,
-        "vae": space.vae,
-        "scale": codec.scale,
-        "seed": run.seed,
-        "precision": run.precision,
-    }
-    try:
-        if run.is_main:
-            LatentStore.create(folder, pictures.labels, metadata)
-        barrier()
-        store = LatentStore(folder, "r+")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--features-path {folder}: damaged ({error!r}); take another") from None
-    found = {"precision": "fp32", **store.metadata}  # the only one there was before it was recorded
-    different = [name for name, value in metadata.items() if found.get(name) != value]
-    if different or store.labels.tolist() != pictures.labels:
-        what = different[0] if different else "labels"
-        raise InputError(f"--features-path {folder}: holds latents of other data ({what} differ); take another")
-    return store
+SHARD = 1024  # images, about, after which what was encoded is brought to the disk and marked
 
 
-class Encoder:
-    """Writes latents of pictures and their mirrors into a store; size: of the pictures, in pixels.
+class Extraction:
+    """A folder of latents in the making, of an engine.images.PictureList: one owner, any number of processes.
 
-    Batches are the same for any number of processes, and so is the noise of each picture: so are the latents.
+    Every process writes rows of its own to features.npy, and files `status-<first image>.npy` of what it has done,
+    which the main process joins to status.npy. Raises InputError if the folder holds something else.
     """
 
-    def __init__(self, run, codec, store, size):
-        self.run, self.codec, self.store, self.size = run, codec, store, size
+    def __init__(self, folder, run, pictures, space, codec):
+        self.run, self.pictures, self.space, self.codec = run, pictures, space, codec
+        metadata = {
+            "images": len(pictures.labels),
+            "shape": [codec.stored_channels, space.size, space.size],
+            "num_classes": len(pictures.classes),
+            "classes": pictures.classes,
+            "image_size": space.image_size,
+            "vae": space.vae,
+            "scale": codec.scale,
+            "seed": run.seed,
+            "precision": run.precision,
+        }
+        self.folder, self.lock = folder, None
+        on_main(lambda: self._prepare(metadata))
+        check_shared("--features-path", folder)
+        self.store = self._open()
 
-    def encode(self, paths, batches, workers):
-        """Encode batches (lists of picture numbers), and mark the pictures that cannot be read."""
-        pictures = picture_loader(paths, self.size, batches, workers, self.run.device)
-        bar = tqdm(pictures, desc="encoding batches", disable=not self.run.is_main)
-        for batch, (good, pixels, errors) in zip(batches, bar, strict=True):
-            self.store.status[[i for i in batch if i not in good]] = CORRUPT
+    def _prepare(self, metadata):
+        """Take the folder, make or check the store, and join what earlier processes have left."""
+        with write_errors(self.folder):
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = FolderLock(self.folder, "--features-path")
+            remove_partial_files(self.folder)
+        try:
+            self._make_or_check(metadata)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_or_check(self, metadata):
+        if not os.path.lexists(os.path.join(self.folder, "metadata.json")):
+            LatentStore.create(self.folder, self.pictures.labels, metadata)
+        store = self._open()
+        found = {"precision": "fp32", **store.metadata}  # the only one there was before it was recorded
+        different = [name for name, value in metadata.items() if found.get(name) != value]
+        if different or store.labels.tolist() != self.pictures.labels:
+            what = different[0] if different else "labels"
+            raise InputError(
+                f"--features-path {self.folder}: holds latents of other data ({what} differ); take another"
+            )
+        self._join_status(store)
+
+    def _open(self):
+        try:
+            return LatentStore(self.folder)
+        except STORE_ERRORS as error:
+            raise InputError(f"--features-path {self.folder}: damaged ({one_line(error)}); {MAKE_AGAIN}") from None
+
+    def _join_status(self, store):
+        """Bring the marks of all processes into status.npy."""
+        parts = sorted(store.folder.glob("status-*.npy"))
+        if not parts:
+            return
+        status = np.array(store.status)
+        for part in parts:
+            numbers, marks = np.load(part)
+            status[numbers] = marks
+        write_array(store.folder / "status.npy", status)
+        for part in parts:
+            part.unlink()
+
+    def encode(self, size, workers):
+        """Encode what is missing, in batches of `size` pictures, each process a range; returns the numbers left out.
+
+        Batches are the same for any number of processes, and so is the noise of each picture: so are the latents.
+        """
+        n = len(self.pictures.paths)
+        batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        missing = [batch for batch in batches if (self.store.status[batch] != DONE).any()]
+        rank, world = self.run.rank, self.run.world
+        mine = missing[len(missing) * rank // world : len(missing) * (rank + 1) // world]
+        images = picture_loader(self.pictures.paths, self.space.image_size, mine, workers, self.run.device)
+        bar = tqdm(images, desc="encoding batches", disable=not self.run.is_main)
+        writer = ShardWriter(self.store, max(1, SHARD // size))
+        for batch, (good, pixels, errors) in zip(mine, bar, strict=True):
             for error in errors:
                 tqdm.write(error)
-            if good:
-                self._write(good, pixels)
-        self.store.features.flush()
-        self.store.status.flush()
+            latents = self._encode_batch(good, pixels) if good else None
+            writer.write(batch, good, latents)
+        writer.close()
+        barrier()
+        on_main(lambda: self._join_status(self.store))
+        return on_main(lambda: np.flatnonzero(self._open().status == CORRUPT).tolist())
 
-    def _write(self, numbers, pixels):
-        draws = ImageDraws(self.run.seed, numbers, self.codec.noise_shape(self.size), self.run.device)
-        latents = encode_pictures(self.codec, self.run, from_uint8(pixels.to(self.run.device)), draws)
-        self.store.features[numbers] = latents.cpu().numpy()
-        self.store.status[numbers] = DONE
+    def _encode_batch(self, numbers, pixels):
+        draws = ImageDraws(self.run.seed, numbers, self.codec.noise_shape(self.space.image_size), self.run.device)
+        latents = encode_pictures(self.codec, self.run, from_uint8(pixels.to(self.run.device)), draws).cpu().numpy()
+        if not np.isfinite(latents).all():
+            bad = self.pictures.paths[numbers[int(np.argmin(np.isfinite(latents).all(axis=(1, 2, 3, 4))))]]
+            raise RunError(f"the latents of {bad} are not finite; see --vae, or take --precision fp32")
+        return latents
+
+    def close(self):
+        """Give the folder free."""
+        if self.lock:
+            self.lock.release()
+
+
+class ShardWriter:
+    """Writes rows of features.npy at their places, and marks them as done once they are on the disk.
+
+    No page is shared by two processes but at the borders of their ranges: hosts cannot undo each other's writes.
+    """
+
+    def __init__(self, store, batches):
+        self.store, self.batches = store, batches
+        self.path = store.folder / "features.npy"
+        shape, dtype, self.start = read_header(self.path)
+        self.row = dtype.itemsize * int(np.prod(shape[1:]))
+        self.file = os.open(self.path, os.O_WRONLY)
+        self.numbers, self.marks, self.count = [], [], 0
+
+    def write(self, batch, good, latents):
+        """Latents (len(good), 2, C, h, w) of the `good` ones among the numbers of a batch; the others are corrupt."""
+        with write_errors(self.path):
+            for number, pair in zip(good, latents if good else (), strict=True):
+                write_at(self.file, pair.tobytes(), self.start + number * self.row)
+        self.numbers += batch
+        self.marks += [DONE if number in good else CORRUPT for number in batch]
+        self.count += 1
+        if self.count == self.batches:
+            self._finish_shard()
+
+    def _finish_shard(self):
+        if self.numbers:
+            with write_errors(self.path):
+                os.fsync(self.file)
+            write_array(self.store.folder / f"status-{self.numbers[0]:08d}.npy", np.array([self.numbers, self.marks]))
+        self.numbers, self.marks, self.count = [], [], 0
+
+    def close(self):
+        """Mark the rest."""
+        self._finish_shard()
+        os.close(self.file)
+
+
+def write_at(file, data, start):
+    """Write all bytes at a place of an open file."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, start)
+        view, start = view[written:], start + written

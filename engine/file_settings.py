@@ -1,13 +1,17 @@
 """What files and families tell about settings: encoded latents, weights, and the family of the model they name."""
 
-import json
+import os
 from pathlib import Path
 
 from engine.checkpoint import Weights
 from engine.errors import InputError, flag_errors
+from engine.files import read_json
 from engine.settings import DEFAULT
 from engine.vae import check_vae, shrink_factor
 from families import family_of, model_config
+from families.flags import MAX_CLASSES, MAX_PIXELS
+
+HIGHEST = {"num_classes": MAX_CLASSES, "image_size": MAX_PIXELS}
 
 
 def add_models(layers, command, typed):
@@ -61,15 +65,15 @@ def default_release(model, image_size):
 
 
 def read_latents(folder):
-    """metadata.json of encoded latents, or {}: the published layout has none, damage is reported when they are read.
+    """What metadata.json of encoded latents tells, or {}: the published layout has none.
 
-    Raises InputError for values that cannot be.
+    Raises InputError for a damaged file, and for values that cannot be.
     """
-    try:
-        metadata = json.loads((Path(folder) / "metadata.json").read_text())
-        told = {name: metadata[name] for name in ("image_size", "vae", "num_classes")}
-    except (OSError, ValueError, KeyError, TypeError):
+    path = Path(folder) / "metadata.json"
+    if not os.path.lexists(path):
         return {}
+    metadata = read_json("--data-path", path)
+    told = {name: metadata[name] for name in ("image_size", "vae", "num_classes") if name in metadata}
     with flag_errors("--data-path", f"{folder}/metadata.json"):
         check_values(told)
     return told
@@ -78,10 +82,15 @@ def read_latents(folder):
 def check_values(told):
     """Raise ValueError for a {setting: value} from a file whose type or range cannot be."""
     for name, value in told.items():
-        is_count = name in ("num_classes", "image_size")
-        fits = type(value) is int and value > 0 if is_count else isinstance(value, str) and value
+        if name in HIGHEST:
+            highest = HIGHEST[name]
+            expected, fits = f"a whole number from 1 to {highest:,}", type(value) is int and 0 < value <= highest
+        elif name == "kept":
+            expected, fits = "a list of layers", isinstance(value, list) and all(type(layer) is int for layer in value)
+        else:
+            expected, fits = "a name", isinstance(value, str) and value and value.isprintable()
         if not fits:
-            raise ValueError(f"{name} is {value!r}; expected {'a number above 0' if is_count else 'a name'}")
+            raise ValueError(f"{name} is {value!r:.100}; expected {expected}")
     if "model" in told:
         model_config(told["model"])
 
@@ -118,7 +127,7 @@ def read_told(weights):
     """The facts beside a file that are settings, where they say something. Raises InputError for impossible ones."""
     if weights.release:
         return weights.facts
-    names = ("model", "num_classes", "vae")
+    names = ("model", "num_classes", "vae", "kept", "pattern")
     told = {name: weights.facts[name] for name in names if weights.facts.get(name) is not None}
     with flag_errors(weights.flag, f"{weights.name}.json"):
         check_values(told)

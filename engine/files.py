@@ -1,29 +1,140 @@
 """Files on disk: whole or not at all, fetched once, and which of them are pictures. Without torch and without flags."""
 
+import errno
+import hashlib
 import http.client
 import json
 import math
 import os
+import socket
 import time
 import urllib.request
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
+
+from engine.errors import InputError, RunError
 
 TIMEOUT = 60  # seconds without an answer of a server
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
-def write_atomically(path, write):
-    """Call write(temporary path), then rename: nobody ever sees half a file."""
+def write_atomically(path, write, durable=True):
+    """Call write(temporary path), then rename: nobody ever sees half a file, also not after a power cut if `durable`.
+
+    Raises RunError, with the reason and what to do, if the file cannot be written; what was there before stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with write_errors(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if durable:
+                remove_dead_partial_files(path)
+            write(temporary)
+            if durable:
+                sync(temporary)
+            os.replace(temporary, path)
+            if durable:
+                sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def sync(path):
+    """Bring a file, or the names in a folder, to the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows does not open folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+ADVICE = {
+    errno.ENOSPC: "make room and repeat the command",
+    errno.EDQUOT: "make room in your quota and repeat the command",
+    errno.ENOENT: "the folder is gone: repeat the command to begin again",
+}
+
+
+@contextmanager
+def write_errors(path, partial=None):
+    """Turn what Python and libraries raise when a file cannot be written into a RunError that names it.
+
+    partial: where it was written to; libraries do not always tell the reason, which is then found by writing on there.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RunError):
+            raise
+        error = find_os_error(error, partial or path)
+        advice = ADVICE.get(error.errno, "take another path, or mend this and repeat the command")
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from None
+
+
+def find_os_error(error, path):
+    """The OSError behind an error of a library."""
+    if getattr(error, "errno", None):
+        return error
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as found:
+        return found
+    return OSError(str(error).splitlines()[0])
+
+
+def remove_dead_partial_files(path):
+    """Remove what processes of this host that are gone have left half written of a file."""
+    start = f".{path.name}.{socket.gethostname()}."
+    with os.scandir(path.parent) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(start) and entry.name.endswith(".part")]
+    for name in names:
+        process = name.removeprefix(start).removesuffix(".part")
+        if process.isdecimal() and not is_alive(int(process)):
+            (path.parent / name).unlink(missing_ok=True)
+
+
+def is_alive(process):
+    """Whether a process of this host exists, as far as can be known."""
+    if os.name == "nt":
+        return True  # there os.kill would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or not to be known
+        return True
+    return True
+
+
+def remove_partial_files(folder):
+    """Remove what killed processes left half written in a folder of ours; others must not be writing there."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def digest_file(path):
+    """A short digest that two files of different contents do not share, quickly: of large files, of parts.
+
+    Those parts hold the checksums of all tensors in a file of torch.save.
+    """
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    block = 1 << 20
+    starts = range(0, size, block) if size <= 64 * block else [size * k // 64 for k in range(63)] + [size - block]
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(block))
+    return digest.hexdigest()[:16]
 
 
 def plain(value):
@@ -43,6 +154,19 @@ def write_json(path, values):
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
+def read_json(flag, path):
+    """The JSON object in a file. Raises InputError, naming `flag`, for a file that holds none."""
+    try:
+        if not os.path.isfile(path):
+            raise OSError("not a regular file")
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{flag} {path}: cannot be read as JSON ({error}); mend it or remove it") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{flag} {path}: expected a JSON object; mend it or remove it")
+    return value
+
+
 def download(url, target, check=lambda path: None):
     """Fetch `url` as `target` unless it is there: once per machine, by its first process, and seen whole or not at all.
 
@@ -56,24 +180,29 @@ def download(url, target, check=lambda path: None):
         return target
 
     def fetch(temporary):
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as source, open(temporary, "wb") as file:
-            copy_with_progress(source, file, target.name)
+        with open(temporary, "wb") as file:
+            for block in read_blocks(url, target.name):
+                file.write(block)
         check(temporary)
 
     try:
         write_atomically(target, fetch)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except ValueError as error:
         raise ValueError(f"{url} cannot be fetched ({error})") from None
     return target
 
 
-def copy_with_progress(source, file, title):
-    """Copy an open response to an open file."""
-    size = getattr(source, "length", None)
-    with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        while block := source.read(1 << 20):
-            file.write(block)
-            bar.update(len(block))
+def read_blocks(url, title):
+    """The contents of `url` in blocks, with progress. Raises ValueError if they cannot be had."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as source:
+            size = getattr(source, "length", None)
+            with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                while block := source.read(1 << 20):
+                    yield block
+                    bar.update(len(block))
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(error) from None
 
 
 def is_picture(path):

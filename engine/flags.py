@@ -3,7 +3,24 @@
 from dataclasses import replace
 
 from families import model_name
-from families.flags import NEEDED, SYSTEM, TRAINING, Flag, amount, count, path_flag, share, switch, whole
+from families.flags import (
+    NEEDED,
+    SYSTEM,
+    TRAINING,
+    Flag,
+    amount,
+    classes,
+    count,
+    limit,
+    name_text,
+    number,
+    path_flag,
+    path_text,
+    pixels,
+    share,
+    switch,
+    whole,
+)
 
 FLAGS = [
     Flag(
@@ -18,12 +35,13 @@ FLAGS = [
     path_flag("load-weight", "weights to start from", shown="initial weights"),
     path_flag("ckpt", "weights, or the name of a published file, which is fetched", shown="DiT-XL/2's release"),
     path_flag("save-model", "file for the pruned weights (.pt or .safetensors)", shown="none; must be given"),
-    Flag("image-size", "height and width of the images, in pixels", 256, type=count, group=NEEDED),
-    Flag("num-classes", "number of classes; the null class has this number", 1000, type=count, group=NEEDED),
+    Flag("image-size", "height and width of the images, in pixels", 256, type=pixels, group=NEEDED),
+    Flag("num-classes", "number of classes; the null class has this number", 1000, type=classes, group=NEEDED),
     Flag(
         "vae",
         "autoencoder: ema or mse (hub), a local folder, or none to work on pixels",
         "ema",
+        type=path_text,
         metavar="NAME",
         group=NEEDED,
     ),
@@ -38,9 +56,9 @@ FLAGS = [
     Flag("lr", "learning rate of the first step", 2e-4, type=amount, group=TRAINING),
     Flag("min-lr", "learning rate at the end of the cosine", 1e-4, type=amount, group=TRAINING),
     Flag("weight-decay", "weight decay of AdamW, of matrices only", 0.0, type=amount, group=TRAINING),
-    Flag("betas", "averages of AdamW", [0.9, 0.999], type=share, nargs=2, group=TRAINING),
+    Flag("betas", "averages of AdamW", [0.9, 0.999], type=number(float, 0, 0.999999), nargs=2, group=TRAINING),
     Flag("warmup-epochs", "epochs in which the learning rate rises from 0", 0, type=whole, group=TRAINING),
-    Flag("clip-norm", "largest gradient norm, over all parameters", 1.0, type=amount, group=TRAINING),
+    Flag("clip-norm", "largest gradient norm, over all parameters", 1.0, type=limit, group=TRAINING),
     Flag("ema-decay", "decay per step of the averaged copy", 0.9999, type=share, group=TRAINING),
     switch(
         "ema-warmup",
@@ -52,10 +70,20 @@ FLAGS = [
     Flag("precision", "arithmetic of the network", None, choices=("fp32", "bf16", "fp16"), group=SYSTEM),
     Flag("num-workers", "loader processes per training process", 4, type=whole, group=SYSTEM),
     path_flag("results-dir", "parent folder of run folders", "outputs", group=SYSTEM, metavar="FOLDER"),
-    Flag("prefix", "first part of the run folder's name, PREFIX-MODEL", "", shown="none", metavar="WORD", group=SYSTEM),
+    Flag(
+        "prefix",
+        "first part of the run folder's name, PREFIX-MODEL",
+        "",
+        type=name_text,
+        shown="none",
+        metavar="WORD",
+        group=SYSTEM,
+    ),
     path_flag("resume", "training state to continue from", shown="the newest in the run folder", group=SYSTEM),
     Flag("log-every", "steps between log lines", 100, type=count, group=SYSTEM),
     Flag("ckpt-every", "steps between checkpoints", 10000, type=count, group=SYSTEM),
+    Flag("keep-checkpoints", "newest checkpoints that stay", type=count, shown="all", metavar="N", group=SYSTEM),
+    Flag("keep-every", "steps whose multiples stay too", type=count, shown="none", metavar="N", group=SYSTEM),
     switch("compile", "compile the networks with torch.compile, block by block", group=SYSTEM),
     switch("grad-checkpointing", "recompute activations in the backward: less memory, more time", group=SYSTEM),
     Flag("grad-accumulation", "parts that each process's batch is computed in", 1, type=count, group=SYSTEM),
@@ -67,7 +95,8 @@ MODEL = "model vae image-size num-classes"
 START = f"data-path load-weight no-ema {MODEL}"
 TRAINING_FLAGS = (
     f"{START} epochs global-batch-size global-seed clip-norm ema-decay ema-warmup mirror results-dir prefix resume "
-    "log-every ckpt-every num-workers precision device compile grad-checkpointing grad-accumulation dry-run"
+    "log-every ckpt-every keep-checkpoints keep-every "
+    "num-workers precision device compile grad-checkpointing grad-accumulation dry-run"
 )
 PRUNING_FLAGS = f"ckpt no-ema save-model {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
 SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision device compile"

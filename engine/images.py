@@ -1,8 +1,10 @@
 """Pictures: folders of them, cropping, tensors in [-1, 1] to files and back, and packing into .npz."""
 
+import hashlib
 import os
 import re
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from engine.errors import InputError
+from engine.errors import InputError, one_line
 from engine.files import PICTURE_SUFFIXES, is_picture, write_atomically
 
 
@@ -22,6 +24,16 @@ class PictureList(NamedTuple):
     labels: list
     classes: list
 
+    def digest(self):
+        """A short digest of the pictures' names and labels and of the sizes of 256 files; not of the folder's name."""
+        if not self.paths:
+            return ""
+        root = os.path.commonpath([path.parent for path in self.paths])
+        names = [f"{os.path.relpath(path, root)} {label}" for path, label in zip(self.paths, self.labels, strict=True)]
+        looked_at = self.paths[:: max(1, len(self.paths) // 256)]
+        sizes = [str(path.stat().st_size) if path.is_file() else "" for path in looked_at]
+        return hashlib.sha256("\n".join(names + sizes).encode(errors="surrogateescape")).hexdigest()[:16]
+
 
 def list_images(folder, num_classes=None):
     """The PictureList of --data-path, a folder with one subfolder per class, all in sorted order.
@@ -29,10 +41,12 @@ def list_images(folder, num_classes=None):
     Raises InputError for a folder without pictures, or with more than `num_classes` subfolders.
     """
     folder = Path(folder)
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    # Hidden folders, such as .cache, are no classes: one would shift the labels of all others.
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
+        found = sorted(f for f in (folder / name).rglob("*") if is_picture(f) and not is_hidden(f, folder))
         paths += found
         labels += [label] * len(found)
     if not paths:
@@ -41,6 +55,11 @@ def list_images(folder, num_classes=None):
     if num_classes is not None and len(classes) > num_classes:
         raise InputError(f"--num-classes {num_classes}: --data-path {folder} has {len(classes)} classes")
     return PictureList(paths, labels, classes)
+
+
+def is_hidden(path, folder):
+    """Whether a path leads through hidden folders below `folder`."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def center_crop(image, size):
@@ -53,13 +72,22 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+@contextmanager
+def open_picture(path):
+    """The PIL image in a file. Raises ValueError, naming the file, if that or what is done with it fails."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError("not a regular file")
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # it may be any: Pillow's readers compute with what they find
+        raise ValueError(f"corrupt image {path}: {one_line(error)}; repair or remove it") from None
+
+
 def load_pixels(path, size):
     """One picture as a uint8 tensor (size, size, 3). Raises ValueError for a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(center_crop(image.convert("RGB"), size))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"corrupt image {path}: {error}; repair or remove it") from None
+    with open_picture(path) as image:
+        pixels = np.asarray(center_crop(image.convert("RGB"), size))
     return torch.from_numpy(pixels.copy())
 
 
@@ -117,7 +145,19 @@ def to_uint8(images):
 
 def save_image(path, pixels):
     """Write one (H, W, 3) uint8 array; nobody sees half a file."""
-    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+    # Not durable: a power cut may leave a picture without its bytes, which is then found and made again.
+    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), durable=False)
+
+
+def is_intact(path, size):
+    """Whether a file is a whole PNG of size x size pixels: its checksums are right; pixels are not decoded."""
+    try:
+        with open_picture(path) as image:
+            fits = image.size == (size, size) and image.format == "PNG"
+            image.verify()
+    except ValueError:
+        return False
+    return fits
 
 
 def save_grid(path, images, columns=4, gap=2):
@@ -135,22 +175,23 @@ def numbered_images(folder):
     return sorted(found, key=lambda file: ([int(part) for part in re.findall(r"\d+", file.stem)], file.name))
 
 
-def pack_npz(path, files, flag, labels=None):
+def pack_npz(path, files, labels=None):
     """Write pictures as `arr_0` (N, H, W, 3) uint8, in the given order, one at a time in memory; labels as `arr_1`.
 
-    Raises InputError if there is none or their sizes differ.
+    Raises ValueError if there is none, one cannot be read or their sizes differ.
     """
     if not files:
-        raise InputError(f"{flag}: no images to pack")
-    with Image.open(files[0]) as first:
+        raise ValueError("no images to pack")
+    with open_picture(files[0]) as first:
         width, height = first.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
 
     def read(file):
-        with Image.open(file) as image:
-            if image.size != (width, height):
-                raise InputError(f"{flag}: {file} is {image.width}x{image.height}, not {width}x{height}")
-            return image.convert("RGB").tobytes()
+        with open_picture(file) as image:
+            size, pixels = image.size, image.convert("RGB").tobytes()
+        if size != (width, height):
+            raise ValueError(f"{file} is {size[0]}x{size[1]}, not {width}x{height} like {files[0]}")
+        return pixels
 
     def write(temporary):
         with zipfile.ZipFile(temporary, "w") as archive:

@@ -27,6 +27,12 @@ class NetworkStart:
             raise InputError(
                 f"{self.option} {self.model}: has gates; take a plain name, or prune_by_learning.py to learn them"
             )
+        asked = {**model_config(self.model), **self.config}
+        if asked["input_size"] % asked["patch_size"]:
+            raise InputError(
+                f"{self.option} {self.model}: patches of {asked['patch_size']} do not divide latents of "
+                f"{asked['input_size']}x{asked['input_size']}; take smaller patches or another --image-size"
+            )
         if self.weights:
             self.weights.check_fit(self.model, self.config, self.option)
 
@@ -78,3 +84,24 @@ class StateSketch:
                     f"--resume {path}: not a training state of this model: {key} in its {entry} is "
                     f"{found.get(key, 'missing')}, expected {expected.get(key, 'none')}; take another file"
                 )
+            for key, value in held.items():
+                if not value.is_floating_point() or not value.isfinite().all():
+                    raise InputError(f"--resume {path}: {key} in its {entry} is not finite numbers; take another file")
+        self._check_averages(state, path)
+
+    def _check_averages(self, state, path):
+        """Raise InputError unless the state's optimizer has the averages of every weight that is trained.
+
+        It may have none at all while the loss of fp16 is still being scaled: no step was taken then.
+        """
+        optimizer = state.get("opt")
+        entries = optimizer.get("state") if isinstance(optimizer, dict) else None
+        entries = list(entries.values()) if isinstance(entries, dict) else [None]
+        expected = sorted(tuple(p.shape) for p in self.net.parameters() if p.requires_grad)
+        if not entries and state.get("scaler"):
+            return
+        for name in ("exp_avg", "exp_avg_sq"):
+            values = [entry.get(name) if isinstance(entry, dict) else None for entry in entries]
+            are_numbers = all(isinstance(v, torch.Tensor) and v.isfinite().all() for v in values)
+            if not are_numbers or sorted(tuple(value.shape) for value in values) != expected:
+                raise InputError(f"--resume {path}: {name} in its opt are not those of this model; take another file")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint import Weights
-from engine.errors import InputError, flag_errors
+from engine.errors import InputError, RunError, flag_errors
 from engine.images import save_grid
 from engine.run import compile_blocks
 from engine.vae import LatentSpace
@@ -70,6 +70,7 @@ class SamplingPlan:
             )
         with flag_errors("--model", self.model):
             family_of(self.model).check_sampler({**model_config(self.model), **config}, **self.own)
+        self.space.check_codec()
 
     @property
     def config(self):
@@ -108,10 +109,19 @@ class PictureSampler:
 
     @torch.inference_mode()
     def sample(self, draws, labels, progress=False):
-        """Pictures (N, 3, H, W) in [-1, 1] for labels (N,)."""
-        with self.run.autocast():
-            latents = self.sampler(self.net, labels, draws.start_noise(), draws.step_noise, progress)
-        return self.codec.decode(latents)
+        """Pictures (N, 3, H, W) in [-1, 1] for labels (N,). Raises RunError if they are not finite."""
+        try:
+            with self.run.autocast():
+                latents = self.sampler(self.net, labels, draws.start_noise(), draws.step_noise, progress)
+        except AssertionError as error:  # of torchdiffeq, when no step is short enough
+            raise RunError(f"the solver gives up ({error}); see the weights (--ckpt), --atol and --rtol") from None
+        pictures = self.codec.decode(latents)
+        if not pictures.isfinite().all():
+            raise RunError(
+                "the sampled pictures are not finite: see the weights (--ckpt) and --cfg-scale, or take another "
+                "--precision"
+            )
+        return pictures
 
     def save_grid(self, path, labels, seed):
         """Sample one picture per label, of a list, and write them as a grid, four per row."""

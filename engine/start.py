@@ -1,5 +1,6 @@
 """How a run starts: what it says of its settings and sizes, what config.json records, and where a dry run stops."""
 
+import hashlib
 import os
 import platform
 import shlex
@@ -9,8 +10,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from engine.checkpoint import read_state
 from engine.data import TrainingData, open_latents
+from engine.distributed import agree, on_main
+from engine.errors import InputError
 from engine.optim import share_of_start
 from engine.run_folder import RunFolder, run_path
 from engine.vae import LatentSpace
@@ -20,8 +22,13 @@ DRY_RUN = "dry run: all checks passed, nothing was written"
 PACKAGES = ("torch", "numpy", "timm", "diffusers")
 
 
-def print_start(settings, run):
-    """Print the settings that are not plain defaults, each with its origin; with --dry-run, that all is checked."""
+def print_start(settings, run, **digests):
+    """Print the settings that are not plain defaults, each with its origin; with --dry-run, that all is checked.
+
+    digests: of inputs besides weights, by setting. Raises RunError on all processes if they were started differently.
+    """
+    weights = {name: each.digest for name, each in settings.weights.items()}
+    agree({**describe_for_others(settings, run), **weights, **digests})
     for line in describe_settings(settings):
         run.print(line)
     if settings.values.get("dry_run"):
@@ -32,6 +39,49 @@ def describe_settings(settings):
     """A line per setting that is not a plain default, and notes on flags without effect."""
     lines = [f"{name} {value} ({origin})" for name, value, origin in settings.notable()]
     return lines + [f"note: {flag} has no effect" for flag in settings.unused]
+
+
+# Settings that may differ between hosts: what matters of the files that they name is compared by itself.
+OF_THE_HOST = {
+    "device",
+    "num_workers",
+    "data_path",
+    "load_weight",
+    "load_teacher",
+    "ckpt",
+    "vae",
+    "inception",
+    "resume",
+}
+
+
+def describe_for_others(settings, run):
+    """{what: value} of what has to be the same in all processes."""
+    own = {name: value for name, value in settings.values.items() if name not in OF_THE_HOST}
+    versions = {name: find_version(name) for name in PACKAGES}
+    return {**own, "device": run.device.type, "precision": run.precision, "code": digest_code(), **versions}
+
+
+def digest_code():
+    """A short digest of the project's Python files."""
+    digest = hashlib.sha256()
+    for part in ("", "engine", "families", "pruning", "diffusion", "evaluation"):
+        for path in sorted((ROOT / part).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_room(path, size):
+    """Raise InputError unless the disk of a folder to be has room for `size` bytes."""
+    nearest = Path(path).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    free = shutil.disk_usage(nearest).free
+    if free < size:
+        raise InputError(
+            f"--results-dir {path}: a training state takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; make "
+            "room or take another folder"
+        )
 
 
 def describe_environment(run):
@@ -104,21 +154,32 @@ def start_training(settings, run, data, networks, sketch, facts):
         "environment": describe_environment(run),
         "sizes": sizes,
     }
+    inputs = {"data_path": data.dataset.digest(), **{name: each.digest for name, each in settings.weights.items()}}
+    about["inputs"] = inputs
+    agree({**describe_for_others(settings, run), **inputs})
     path = run_path(settings.results_dir, settings.prefix, settings.model)
-    folder = RunFolder(path, about, facts, settings.resume)
-    newest = folder.newest_state()
-    if newest:
-        sketch.check(read_state(newest), newest)
+    keep = (settings.keep_checkpoints, settings.keep_every)
+    folder = RunFolder(path, about, facts, settings.resume, *keep)
+
+    def prepare():
+        remarks = folder.prepare()
+        if folder.state:
+            sketch.check(folder.state, folder.continued)
+        check_room(path, sketch.count_bytes())
+        return remarks
+
+    remarks = on_main(prepare)
     lines = [
         f"command: {about['environment']['command']}",
         f"{run.world} process(es), {run.device.type}, {run.precision}, folder {path}",
         *describe_settings(settings),
         *describe_size_lines(sizes, settings.global_batch_size),
+        *remarks,
     ]
     if settings.dry_run:
         run.print("\n".join([*lines, DRY_RUN]))
         return None
-    folder.open()
+    on_main(folder.open)
     for line in lines:
         folder.log(line)
     return folder
@@ -129,7 +190,10 @@ def note_early_average(run, weights):
     steps, settings = (weights.file.checkpoint.get(name) for name in ("train_steps", "args"))
     if not weights.file.averaged or not isinstance(steps, int) or not isinstance(settings, dict):
         return
-    share = share_of_start(steps, settings.get("ema_decay", 0.9999), settings.get("ema_warmup", False))
+    decay = settings.get("ema_decay", 0.9999)
+    if not isinstance(decay, float) or not 0 <= decay <= 1:
+        return
+    share = share_of_start(steps, decay, settings.get("ema_warmup", False))
     if share >= 0.01:
         run.print(
             f"note: after {steps:,} steps these averaged weights are {share:.0%} the weights that training started "

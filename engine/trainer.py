@@ -11,11 +11,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.checkpoint import read_state
-from engine.distributed import all_reduce
+from engine.distributed import all_reduce, broadcast, gather, on_main, shared_error
 from engine.errors import InputError, RunError
 from engine.optim import Ema
 from engine.run import checkpoint_blocks, compile_blocks, peak_memory, seed_everything
+from engine.signals import StopRequest, stopped
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,32 @@ class Trainer:
         return {name: term.detach() for name, term in terms.items()}
 
     def fit(self, data, folder, before_step=None, report=None):
-        """Train to the end of `data`, a TrainingData, from where the newest state of the RunFolder stands.
+        """Train to the end of `data`, a TrainingData, from where the state of the prepared RunFolder stands.
 
         before_step(step) sets what changes with the step. report(step) -> (lines, metrics) adds to every log entry.
-        Raises RunError on all processes when a loss is not finite.
+        Raises RunError on all processes when a number is not finite or a file cannot be written, and StoppedError, with
+        the state saved, when one was told to stop.
         """
-        self.resume(folder)
-        folder.write_config()
+        try:
+            meter = Meter(self.run, data)
+            self.resume(folder, meter)
+            on_main(folder.write_config)
+            if self.steps >= data.total_steps:
+                folder.log(
+                    f"nothing left to train: {self.steps} of {data.total_steps} steps are done, the last state is in "
+                    f"{folder.path}"
+                )
+                return
+            if self.steps == 0:
+                self._log(meter, folder, report)
+            with StopRequest() as stop:
+                self._train(data, folder, meter, stop, before_step, report)
+        finally:
+            folder.close()
+
+    def _train(self, data, folder, meter, stop, before_step, report):
+        """The steps that are left."""
         total, options = data.total_steps, self.options
-        if self.steps >= total:
-            folder.log(f"nothing left to train: {total} of {total} steps are done, the last state is in {folder.path}")
-            return
-        meter = Meter(self.run, total, data.global_batch_size)
-        if self.steps == 0:
-            self._log(meter, folder, report)
         batches = data.batches(range(self.steps, total), self.run.rank, self.run.world, self.run.pins_memory)
         with tqdm(
             total=total, initial=self.steps, disable=not self.run.is_main, desc=folder.path.name, leave=False
@@ -107,14 +119,16 @@ class Trainer:
                     before_step(self.steps)
                 # All draws of a step, here and inside the network, are functions of (seed, step, rank).
                 seed_everything(data.global_seed, self.steps, self.run.rank)
-                meter.add(self.train_step(x, y), self.steps)
+                terms = self.train_step(x, y)
+                meter.add(terms, self.steps, None if self.scaler.is_enabled() else self.grad_norm)
                 bar.update()
-                if self.steps % options.log_every == 0 or self.steps == total:
+                signal, is_last = stop.agreed(self.steps), self.steps == total
+                if self.steps % options.log_every == 0 or is_last:
                     self._log(meter, folder, report)
-                if self.steps % options.ckpt_every == 0 or self.steps == total:
-                    meter.check_finite()
-                    if self.run.is_main:
-                        folder.save_state(self.state_dict())
+                if self.steps % options.ckpt_every == 0 or is_last or signal:
+                    self._save(meter, folder)
+                if signal and not is_last:
+                    raise shared_error(stopped(signal, self.steps))
 
     def _log(self, meter, folder, report):
         lr = self.schedule(self.steps) if self.schedule else self.optimizer.param_groups[-1]["lr"]
@@ -125,7 +139,19 @@ class Trainer:
         for text in lines:
             folder.log(text)
         if row or metrics:
-            folder.write_metrics({"step": self.steps, **row, **metrics})
+            on_main(lambda: folder.write_metrics({"step": self.steps, **row, **metrics}))
+
+    def _save(self, meter, folder):
+        """Write a state, in the main process, unless something in it is not finite."""
+        meter.check_finite()
+        measured = meter.gather()
+
+        def save():
+            state = {**self.state_dict(), "meter": measured}
+            check_finite(state, self.steps)
+            folder.save_state(state)
+
+        on_main(save)
 
     def state_dict(self):
         """The training state: tensors and plain values."""
@@ -135,14 +161,15 @@ class Trainer:
             "opt": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "train_steps": self.steps,
+            "world": self.run.world,
         }
 
-    def resume(self, folder):
-        """Continue from the state that the folder gives, if there is one."""
-        path = folder.newest_state()
-        if path is None:
+    def resume(self, folder, meter):
+        """Continue from the state that the main process's folder has chosen, if there is one: it is sent to all."""
+        state, folder.state = broadcast(folder.state), None
+        if state is None:
+            on_main(lambda: folder.drop_metrics_after(-1))
             return
-        state = read_state(path)
         asked = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.net.load_state_dict(state["model"])
@@ -150,44 +177,115 @@ class Trainer:
             self.optimizer.load_state_dict(state["opt"])
             if state.get("scaler"):  # a run in another precision has none: start with a new one
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            meter.load(state.get("meter"))
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(
-                f"--resume {path}: not a training state of this model ({reason}); take another file"
+            raise shared_error(
+                InputError(
+                    f"--resume {folder.continued}: not a training state of this model ({reason}); take another file"
+                )
             ) from None
         for group, options in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(options)  # rates and the like are those of the command line, not of the state
+        if state["train_steps"] > meter.data.total_steps:
+            raise shared_error(
+                InputError(
+                    f"--resume {folder.continued}: is of step {state['train_steps']}, but --epochs ends at "
+                    f"{meter.data.total_steps}; take another file"
+                )
+            )
         self.steps = state["train_steps"]
-        folder.drop_metrics_after(self.steps)
-        folder.log(f"resumed from {path} at step {self.steps}")
+        on_main(lambda: folder.drop_metrics_after(self.steps))
+        folder.log(f"resumed from {folder.continued} at step {self.steps}")
+        if state.get("world", self.run.world) != self.run.world:
+            folder.log(
+                f"note: that state is of {state['world']} process(es), now there are {self.run.world}: the batches are "
+                "the same, random draws are not"
+            )
+
+
+def check_finite(state, step):
+    """Raise RunError if a tensor of a training state holds NaN or infinity."""
+    for entry in ("model", "ema", "opt"):
+        for key, value in named_tensors(state[entry]):
+            if value.is_floating_point() and not value.isfinite().all():
+                raise RunError(
+                    f"{key} in {entry} is not finite after step {step}, and that state is not saved; lower --lr or "
+                    "take another --precision, and continue from the last one"
+                )
+
+
+def named_tensors(value, name=""):
+    """(name, tensor) of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
 
 
 class Meter:
     """Means of the loss terms over a log interval and all processes, kept on the device until they are shown."""
 
-    def __init__(self, run, total_steps, batch):
-        self.run, self.total_steps, self.batch = run, total_steps, batch
+    def __init__(self, run, data):
+        self.run, self.data = run, data
         self.sums, self.count, self.start = {}, 0, time.monotonic()
         self.first_bad = torch.tensor(float("inf"), device=run.device)
+        self.bad_rows = torch.tensor(0, device=run.device)
 
-    def add(self, terms, step):
-        """Take in the per-sample terms of a step."""
+    def add(self, terms, step, grad_norm=None):
+        """Take in the per-sample terms of a step, counted from 1, and the gradient's norm if that has to be finite."""
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term.float().mean()
-        bad = torch.isfinite(terms["loss"].sum()).logical_not()
-        self.first_bad = torch.where(bad & (self.first_bad > step), float(step), self.first_bad)
+        rows = terms["loss"].isfinite().logical_not()
+        bad = rows.any() if grad_norm is None else rows.any() | torch.isfinite(grad_norm).logical_not()
+        is_first = bad & torch.isinf(self.first_bad)
+        self.bad_rows = torch.where(is_first, rows, self.bad_rows)
+        self.first_bad = torch.where(is_first, float(step), self.first_bad)
         self.count += 1
 
     def check_finite(self):
-        """Raise RunError on all processes if a loss was not finite on one."""
+        """Raise RunError on all processes if a loss or a gradient was not finite on one."""
         step = all_reduce(self.first_bad.clone(), "min").item()
-        if math.isfinite(step):
-            raise RunError(f"the loss is not finite at step {int(step)}; lower --lr or take --precision bf16 or fp32")
+        if not math.isfinite(step):
+            return
+        mine = self.first_bad.item() == step
+        found = gather(self._name_bad_pictures(int(step)) if mine else None)
+        rank = next(k for k, pictures in enumerate(found) if pictures is not None)
+        what = f"loss of images {found[rank]} of --data-path is" if found[rank] else "gradient is"
+        raise shared_error(
+            RunError(
+                f"the {what} not finite at step {int(step)} in process {rank}; see whether these data are damaged, "
+                "lower --lr or take --precision bf16 or fp32"
+            )
+        )
+
+    def _name_bad_pictures(self, step):
+        """Numbers of the first images whose loss was not finite at this step."""
+        if not self.bad_rows.ndim:
+            return []
+        (items,) = self.data.order([step - 1], self.run.rank, self.run.world)
+        return [item // 2 for item, bad in zip(items, self.bad_rows.tolist(), strict=True) if bad][:10]
+
+    def gather(self):
+        """What is measured since the last row, of all processes, for a training state."""
+        return {"count": self.count, "sums": gather({name: value.cpu() for name, value in self.sums.items()})}
+
+    def load(self, measured):
+        """Go on from there; with other processes than before, each takes its share of the sum."""
+        if not measured or not measured["count"]:
+            return
+        self.count, sums = measured["count"], measured["sums"]
+        if len(sums) == self.run.world:
+            mine = sums[self.run.rank]
+        else:
+            mine = {name: sum(each[name] for each in sums) / self.run.world for name in sums[0]}
+        self.sums = {name: value.to(self.run.device) for name, value in mine.items()}
 
     def flush(self, step, lr, grad_norm):
         """({name: number}, log line) of the interval, and start the next; empty before the first step.
 
-        Raises RunError if a loss was not finite.
+        Raises RunError if a number was not finite.
         """
         if not self.count:
             return {}, ""
@@ -195,14 +293,15 @@ class Meter:
         means = all_reduce(torch.stack(list(self.sums.values()))) / (self.count * self.run.world)
         row = dict(zip(self.sums, means.tolist(), strict=True))
         rate = self.count / (time.monotonic() - self.start)
-        left = timedelta(seconds=round((self.total_steps - step) / rate))
+        total, batch = self.data.total_steps, self.data.global_batch_size
+        left = timedelta(seconds=round((total - step) / rate))
         losses = " ".join(f"{name} {value:.4f}" for name, value in row.items())
         memory = peak_memory(self.run.device)
         shown = "" if memory is None else f"{memory:.2f} GB  "
         line = (
-            f"step {step}/{self.total_steps}  {losses}  grad {grad_norm:.3f}  lr {lr:.3g}  "
-            f"{rate * self.batch:.1f} images/s  {shown}left {left}"
+            f"step {step}/{total}  {losses}  grad {grad_norm:.3f}  lr {lr:.3g}  "
+            f"{rate * batch:.1f} images/s  {shown}left {left}"
         )
-        row |= {"lr": lr, "grad_norm": grad_norm, "images_per_second": rate * self.batch}
+        row |= {"lr": lr, "grad_norm": grad_norm, "images_per_second": rate * batch}
         self.sums, self.count, self.start = {}, 0, time.monotonic()
         return row, line

@@ -1,6 +1,5 @@
 """Between pictures and latents: the autoencoder that --vae names, or nothing at all (`--vae none`)."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import read_weights
-from engine.errors import InputError, flag_errors
-from engine.files import download
+from engine.errors import InputError, flag_errors, one_line
+from engine.files import download, read_json
 from families.family import Latents
 
 
@@ -44,6 +43,11 @@ class LatentSpace:
         if self.vae == "none":
             return Pixels.channels
         return read_autoencoder(self.vae, self.latents)[1]
+
+    def check_codec(self):
+        """Raise InputError if a local autoencoder cannot be loaded; asks no network."""
+        if self.vae not in self.latents.hub:
+            self.load_codec("cpu")
 
     def load_codec(self, device, channels_last=False):
         """The families.protocols.Codec; channels_last: see AutoencoderCodec.
@@ -111,11 +115,33 @@ def read_autoencoder(name, latents):
     """(shrink factor, latent channels) of the family's autoencoder, or of the one in a local folder."""
     if name in latents.hub or os.path.isfile(name):
         return latents.factor, latents.channels
-    try:
-        config = json.loads((Path(name) / "config.json").read_text())
-        return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"--vae {name}: no config.json of a diffusers AutoencoderKL; expected such a folder") from None
+    path = Path(name) / "config.json"
+    if not os.path.lexists(path):
+        raise InputError(f"--vae {name}: no config.json of a diffusers AutoencoderKL; expected such a folder")
+    config = read_json("--vae", path)
+    with flag_errors("--vae", path):
+        check_autoencoder(config)
+    return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+
+
+def check_autoencoder(config):
+    """Raise ValueError unless the config.json of an autoencoder can be one of an AutoencoderKL."""
+    blocks, scale = config.get("block_out_channels"), config.get("scaling_factor")
+    fits = {
+        "_class_name": config.get("_class_name") == "AutoencoderKL",
+        "block_out_channels": isinstance(blocks, list) and len(blocks) > 0 and all(map(is_size, blocks)),
+        "latent_channels": is_size(config.get("latent_channels")),
+        "layers_per_block": is_size(config.get("layers_per_block", 1)),
+        "scaling_factor": scale is None or (type(scale) in (int, float) and 0 < scale < float("inf")),
+    }
+    wrong = [name for name, is_right in fits.items() if not is_right]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {config.get(wrong[0])!r:.100}; expected that of a diffusers AutoencoderKL")
+
+
+def is_size(value):
+    """Whether a value from a file can be a number of channels or layers."""
+    return type(value) is int and 0 < value < 1 << 16
 
 
 def check_vae(name, latents):
@@ -141,10 +167,22 @@ def load_autoencoder(name, latents):
 
     try:
         # The other way of loading needs the package accelerate, and says so at length.
-        return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--vae {name}: cannot load {source} ({reason}); give a local folder") from None
+        vae, found = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True)
+        check_complete(vae, found)
+    except Exception as error:  # it may be any: diffusers computes with what the files hold
+        reason = one_line(error)
+        raise InputError(f"--vae {name}: cannot load {source} ({reason}); give a whole local folder") from None
+    return vae
+
+
+def check_complete(vae, found):
+    """Raise ValueError unless an autoencoder has all its weights, and they are numbers; found: see diffusers."""
+    unpaired = [*found["missing_keys"], *found["unexpected_keys"]]
+    if unpaired:
+        raise ValueError(f"{unpaired[0]} is in one of config.json and the weights only")
+    for key, value in vae.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} does not hold finite numbers")
 
 
 def encode_pictures(codec, run, pictures, draws):

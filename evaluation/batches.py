@@ -2,10 +2,13 @@
 
 import glob
 import hashlib
+import io
+import math
 import os
 import re
+import tokenize
+import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,9 @@ from engine.files import PICTURE_SUFFIXES
 
 OPAQUE = {"RGB", "L", "P", "1", "CMYK", "YCbCr"}  # modes that turn into RGB without a choice
 ZIP = "not an .npz file (a zip archive)"
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MAX_PIXELS = 1 << 24  # of one picture: a small file may claim any number, for which memory would be taken
+MIN_CHECKED = 1 << 20  # bytes asked for at once, from which the size of the file is looked at
+DEFLATE_LIMIT = 1100  # no file gets smaller than by this factor
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 
@@ -42,6 +47,11 @@ class Images:
                 raise ValueError(f"{part.path}: images of {_pixels(part.size)}, but {first}")
         if len(parts) > 1 and any(part.statistics for part in parts):
             raise ValueError("several files, and one holds statistics: it is unclear of what; give that file alone")
+
+    @property
+    def paths(self):
+        """The files and folders that were named."""
+        return [part.path for part in self.parts]
 
     def batches(self, size, start=0, stop=None):
         """Images start..stop as uint8 arrays (b, height, width, 3), b <= size; the next one is read meanwhile."""
@@ -78,18 +88,12 @@ class NpzImages:
                 raise ValueError(f"{path}: missing arr_0 (images) and mu (statistics); it holds {held}")
 
     def _read_header(self, archive):
-        with archive.open("arr_0.npy") as member:
-            read = HEADERS.get(np.lib.format.read_magic(member))
-            if read:
-                shape, fortran, dtype = read(member)
-                self.offset = member.tell()
-        if not read or fortran or dtype.hasobject:
-            with archive.open("arr_0.npy") as member:
-                self.whole = np.lib.format.read_array(member, allow_pickle=False)
-            shape, dtype = self.whole.shape, self.whole.dtype
+        version, shape, fortran, dtype, self.offset = _read_header(archive, "arr_0.npy")
         check_layout(self.path, shape, dtype)
-        if self.whole is None and archive.getinfo("arr_0.npy").file_size != self.offset + int(np.prod(shape)):
+        if archive.getinfo("arr_0.npy").file_size != self.offset + math.prod(shape):
             raise ValueError(f"{self.path}: arr_0 is truncated; its header says {shape[0]} images")
+        if version not in ((1, 0), (2, 0)) or fortran:
+            self.whole = _read_array(archive, "arr_0.npy")
         self.n, self.size = shape[0], shape[1:3]
 
     def batches(self, size, start, stop):
@@ -119,11 +123,13 @@ class FolderImages:
         if not self.files:
             raise ValueError(f"{path}: no images; expected {', '.join(sorted(PICTURE_SUFFIXES))} files, or .npz files")
         for file in self.files:
-            with _damage_errors(file, "not a picture"), Image.open(file) as image:
+            with _open_picture(file) as image:
                 mode, size, kind = image.mode, (image.height, image.width), image.format
                 opaque = mode in OPAQUE and "transparency" not in image.info
             self.lossy |= kind == "JPEG"
             self.size = self.size or size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"{file}: {size[0]}x{size[1]} pixels; expected {MAX_PIXELS:,} or fewer")
             if not opaque:
                 raise ValueError(f"{file}: mode {mode}; expected opaque pictures with 8 bits a channel (RGB)")
             if size != self.size:
@@ -156,7 +162,7 @@ def check_layout(path, shape, dtype):
         raise ValueError(f"{found}{', that is ' + kind if kind else ''}; expected (images, height, width, 3)")
     if dtype != np.uint8:
         raise ValueError(f"{found}; expected uint8 images from 0 to 255, not rescaled")
-    if not np.prod(shape):
+    if min(shape) < 1:
         raise ValueError(f"{found}: empty")
 
 
@@ -166,13 +172,24 @@ def find_parts(source):
     found = []
     for word in words:
         paths = [word] if os.path.exists(word) else sorted(glob.glob(word), key=_order)
-        for path in paths:
-            found += (os.path.isdir(path) and _below(path, {".npz"})) or [path]
+        found += [part for path in paths for part in _list_parts(path)]
         if not paths:
             raise ValueError(f"{word}: no such file or folder; expected an .npz file or a folder of images")
     if not found:
         raise ValueError("names no file; expected an .npz file or a folder of images")
     return found
+
+
+def _list_parts(path):
+    """The .npz files of a folder, or what is named itself. Raises ValueError for what can be neither."""
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        raise ValueError(f"{path}: not a regular file; expected an .npz file or a folder of images")
+    shards = _below(path, {".npz"})
+    if shards and _below(path, PICTURE_SUFFIXES):
+        raise ValueError(f"{path}: holds pictures and {shards[0]}, it is unclear what is meant; move either away")
+    return shards or [path]
 
 
 def _read_statistics(archive, path):
@@ -184,13 +201,42 @@ def _read_statistics(archive, path):
         for key in (first, second):
             if f"{key}.npy" not in names:
                 raise ValueError(f"{path}: {key} is missing beside {first if key == second else second}")
-            with archive.open(f"{key}.npy") as member:
-                value = np.lib.format.read_array(member, allow_pickle=False)
-            shape = STATISTICS[key]
-            if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
-                raise ValueError(f"{path}: {key} is not {shape} finite numbers, but {value.dtype} {value.shape}")
-            found[key] = value.astype(np.float64)
+            _, shape, _, dtype, _ = _read_header(archive, f"{key}.npy")
+            fits = shape == STATISTICS[key] and dtype.kind == "f"
+            value = _read_array(archive, f"{key}.npy").astype(np.float64) if fits else None
+            if not fits or not np.isfinite(value).all():
+                raise ValueError(f"{path}: {key} is not {STATISTICS[key]} finite numbers, but {dtype} {shape}")
+            if value.ndim == 2 and np.diagonal(value).min() < 0:
+                raise ValueError(f"{path}: {key} has negative variances on its diagonal")
+            found[key] = value
     return found
+
+
+def _read_header(archive, name):
+    """(version, shape, whether in Fortran's order, dtype, where the data begin) of an .npy file in an archive.
+
+    Raises ValueError if that is damaged, or says that it holds more than an archive of this size can.
+    """
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that numpy does not use")
+    if info.file_size > DEFLATE_LIMIT * os.path.getsize(archive.filename):
+        raise ValueError(f"{name} is truncated: the file is too small for its {info.file_size:,} bytes")
+    with archive.open(name) as member, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        version = np.lib.format.read_magic(member)
+        one = version == (1, 0)  # later versions differ in the characters that names of fields may have
+        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        try:
+            return version, *read(member), member.tell()
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
+            raise ValueError(f"the header of {name} is damaged ({str(error)[:200]})") from None
+
+
+def _read_array(archive, name):
+    """The array of an .npy file in an archive, whose header was checked."""
+    with archive.open(name) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 @contextmanager
@@ -198,15 +244,33 @@ def _damage_errors(path, kind):
     """Turn what zipfile, numpy and Pillow raise for damaged files into a ValueError that names the file."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, SyntaxError) as error:
-        raise ValueError(f"{path}: {kind}, or a truncated or damaged one ({error})") from None
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # it may be any: Pillow's readers compute with what they find
+        raise ValueError(f"{path}: {kind}, or a truncated or damaged one ({error})") from None
+
+
+class _Bounded(io.BufferedReader):
+    """A file that takes no memory for more bytes than it has, whatever number is asked for."""
+
+    def read(self, size=-1):
+        return super().read(size if size is None or size < MIN_CHECKED else min(size, os.fstat(self.fileno()).st_size))
+
+
+@contextmanager
+def _open_picture(file):
+    """The picture in a file."""
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: not a regular file; remove it")
+    with _damage_errors(file, "not a picture"), _Bounded(io.FileIO(file)) as source, Image.open(source) as image:
+        yield image
 
 
 def _read_pixels(file):
     """One picture as an array (height, width, 3) uint8."""
-    with _damage_errors(file, "not a picture"), Image.open(file) as image:
+    with _open_picture(file) as image:
         return np.asarray(image.convert("RGB"))
 
 

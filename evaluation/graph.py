@@ -14,6 +14,8 @@ WIDTHS = {FIXED64: 8, FIXED32: 4}
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 9: np.int64}
 VALUES = {5: "<f", 6: "<d", 7: None, 10: None}  # lists of single values: format of each, or varints
 SIGNED = 1 << 63
+MAX_DIMS = 8
+MAX_REPEATED = 1 << 22  # numbers of a graph that its file need not hold, as they repeat the last one of their tensor
 
 
 def read_graph(path):
@@ -24,13 +26,23 @@ def read_graph(path):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        nodes = [_node(value) for number, value in _fields(data) if number == 1]
-        consts = {name: _tensor(value) for name, value in nodes if value is not None}
-    except (ValueError, TypeError, KeyError, struct.error, RecursionError) as error:
+        found = _constants(data)
+    except (ValueError, TypeError, KeyError, OverflowError, struct.error) as error:
         raise ValueError(f"{path}: not a frozen TensorFlow graph, or damaged ({error})") from None
-    found = {name: array for name, array in consts.items() if array is not None}
     if not found:
         raise ValueError(f"{path}: not a frozen TensorFlow graph (no constants in it)")
+    return found
+
+
+def _constants(data):
+    """{name: array} of a GraphDef; ValueError if its arrays hold far more numbers than its bytes can."""
+    found, room = {}, len(data) + MAX_REPEATED
+    for name, tensor in (_node(value) for number, value in _fields(data) if number == 1):
+        array = None if tensor is None else _tensor(tensor)
+        if array is not None:
+            found[name], room = array, room - array.size
+        if room < 0:
+            raise ValueError("its constants hold more numbers than the file can")
     return found
 
 
@@ -42,7 +54,7 @@ def _varint(data, at):
             raise ValueError("the file ends inside a number")
         value |= (data[at + i] & 0x7F) << 7 * i
         if data[at + i] < 0x80:
-            return value, at + i + 1
+            return value & (2 * SIGNED - 1), at + i + 1
     raise ValueError("a number is too long")
 
 
@@ -52,11 +64,13 @@ def _fields(data):
     while at < len(data):
         key, at = _varint(data, at)
         number, wire = key >> 3, key & 7
+        if number == 0:
+            raise ValueError("a field has the number 0")
         if wire == VARINT:
             value, at = _varint(data, at)
         else:
             size, at = _varint(data, at) if wire == BYTES else (WIDTHS.get(wire), at)
-            if size is None or number == 0:
+            if size is None:
                 raise ValueError(f"unknown field {number} of kind {wire}")
             if at + size > len(data):
                 raise ValueError(f"the file ends {at + size - len(data)} bytes too early")
@@ -64,12 +78,19 @@ def _fields(data):
         yield number, value
 
 
+def _bytes(value):
+    """The bytes of a field; a number would make as many zeros."""
+    if isinstance(value, int):
+        raise ValueError("a number where a name belongs")
+    return bytes(value)
+
+
 def _node(data):
     """(name, TensorProto) of a node; the second is None unless it is a Const."""
     fields = dict(_fields(data))
-    name, op = (bytes(fields.get(number, b"")).decode() for number in (1, 2))
+    name, op = (_bytes(fields.get(number, b"")).decode() for number in (1, 2))
     attributes = [dict(_fields(value)) for number, value in _fields(data) if number == 5]
-    tensors = [dict(_fields(each[2])).get(8) for each in attributes if bytes(each[1]) == b"value"]
+    tensors = [dict(_fields(each[2])).get(8) for each in attributes if _bytes(each[1]) == b"value"]
     if op != "Const":
         return name, None
     if not tensors or tensors[-1] is None:
@@ -85,6 +106,8 @@ def _tensor(data):
     values = [each for number, value in _fields(data) if number in VALUES for each in _values(value, VALUES[number])]
     if dtype is None:
         return None
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"a tensor has {len(shape)} dimensions")
     count = math.prod(shape)
     flat = np.frombuffer(content, np.dtype(dtype).newbyteorder("<")) if content else _spread(values, count)
     if len(flat) != count:
@@ -108,7 +131,7 @@ def _values(value, form):
 
 def _spread(values, count):
     """(count,) from a list that may leave out repetitions of its last value."""
-    if count > (1 << 28) or len(values) > count:
+    if count > len(values) + MAX_REPEATED or len(values) > count:
         raise ValueError(f"{len(values)} values for a tensor of {count}")
-    values = values or [0]
-    return np.array((values + values[-1:] * (count - len(values)))[:count])
+    numbers = np.array(values or [0])
+    return np.pad(numbers, (0, max(0, count - len(numbers))), "edge")[:count]

@@ -6,7 +6,6 @@ convolutions.
 """
 
 import os
-import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,10 @@ GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_
 WEIGHTS_DIGEST = "6726825d"  # the first digits of its SHA-256
 WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_DIGEST}.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
+
+CONV = ".conv.weight"  # end of the name of a convolution in the .pth
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+FOREIGN = "not the weights of the Inception network of 2015"
 
 
 class ConvReLU(nn.Conv2d):
@@ -199,9 +202,11 @@ def _from_graph(consts):
 
 def _fold(state):
     """{layer.weight, layer.bias} with the batch norm (eps 0.001) of every layer in them; computed in float64."""
-    folded, keys = {}, ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-    for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
-        weight, gamma, beta, mean, variance = (state[f"{name}.{key}"].double() for key in keys)
+    folded = {}
+    for name in [key.removesuffix(CONV) for key in state if key.endswith(CONV)]:
+        weight, gamma, beta, mean, variance = (
+            state[f"{name}.{key}"].double() for key in ("conv.weight", *(f"bn.{key}" for key in BATCH_NORM))
+        )
         scale = gamma / (variance + 0.001).sqrt()
         folded[f"{name}.weight"] = (weight * scale.view(-1, 1, 1, 1)).float()
         folded[f"{name}.bias"] = (beta - mean * scale).float()
@@ -213,32 +218,54 @@ def _read_state(path):
     try:
         with open(path, "rb") as file:
             head = file.read(2)
-        claimed = re.search(r"-([0-9a-f]{8,64})\.pth$", Path(path).name)
-        if claimed and not digest(path).startswith(claimed[1]):
-            raise ValueError("damaged: its SHA-256 is not the one in its name; delete it and download it again")
-        if head != b"PK" and head[:1] != b"\x80":
-            return _from_graph(read_graph(path))
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (RuntimeError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, UnicodeDecodeError):
+    claimed = re.search(r"-([0-9a-f]{8,64})\.pth$", Path(path).name)
+    if claimed and not digest(path).startswith(claimed[1]):
+        raise ValueError(f"{path}: damaged: its SHA-256 is not the one in its name; delete it and download it again")
+    if head != b"PK" and head[:1] != b"\x80":
+        consts = read_graph(path)
+        try:
+            return _from_graph(consts)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {FOREIGN} ({error})") from None
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # of damaged files torch raises whatever the damage leads to
         raise ValueError(f"{path}: damaged, or not a file of weights") from None
+
+
+def _is_dense(value):
+    """Whether an entry of a state is a tensor of real numbers that are there."""
+    is_usual = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return is_usual and value.is_floating_point()
+
+
+def _check_state(path, state, network):
+    """What the network needs of a state; ValueError unless it has just these convolutions, batch norms and classes."""
+    expected = {"fc.weight": (1008, 2048)}
+    for name, value in network.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight":
+            expected[layer + CONV] = tuple(value.shape)
+            expected |= {f"{layer}.bn.{key}": (len(value),) for key in BATCH_NORM}
+    missing = sorted(expected.keys() - state.keys())
+    if missing:
+        raise ValueError(f"{path}: {FOREIGN} ({missing[0]!r} is missing)")
+    more = {str(name) for name in state if name not in expected and str(name).endswith(CONV)}
+    different = {name for name, shape in expected.items() if not _is_dense(state[name]) or state[name].shape != shape}
+    if more or different:
+        raise ValueError(f"{path}: {FOREIGN} ({min(more | different)} differs)")
+    return {name: state[name] for name in expected}
 
 
 def load_inception(path, device="cpu"):
     """InceptionFeatures from the public graph (`.pb`) or the public `.pth`, whichever `path` holds."""
-    try:
-        state = _read_state(path)
-        folded, classes = _fold(state), state["fc.weight"].float().T.contiguous()
-    except KeyError as error:
-        raise ValueError(f"{path}: not the weights of the Inception network of 2015 ({error} is missing)") from None
+    state = _read_state(path)
     with torch.device("meta"):
-        network = SmallInception() if "mixed_6/conv.weight" in folded else Inception()
-    expected = {name: value.shape for name, value in network.state_dict().items()} | {"fc.weight": (2048, 1008)}
-    found = {name: value.shape for name, value in folded.items()} | {"fc.weight": classes.shape}
-    different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-    if different:
-        raise ValueError(f"{path}: not the weights of the Inception network of 2015 ({min(different)} differs)")
+        network = SmallInception() if f"mixed_6/conv{CONV}" in state else Inception()
+    state = _check_state(path, state, network)
+    folded, classes = _fold(state), state["fc.weight"].float().T.contiguous()
     if not all(value.isfinite().all() for value in (*folded.values(), classes)):
         raise ValueError(f"{path}: damaged: not all weights are finite numbers")
     network.load_state_dict(folded, assign=True)

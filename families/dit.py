@@ -1,7 +1,7 @@
 """DiT (arXiv 2212.09748): names and sizes, flags, objective, samplers, latents, releases."""
 
 from families.family import Family, Latents, Release
-from families.flags import FAMILY, Flag, count, share, switch
+from families.flags import FAMILY, Flag, count, expect, share, switch
 
 SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
@@ -74,6 +74,7 @@ def make_sampler(num_sampling_steps, cfg_scale, *, sampler, cfg_channels, cfg_in
     from diffusion import create_diffusion
     from diffusion.samplers import GaussianSampler
 
+    expect(cfg_interval[0] <= cfg_interval[1], "cfg-interval", cfg_interval, "the first to be the smaller one")
     respacing = {"ddpm": str(num_sampling_steps), "ddim": f"ddim{num_sampling_steps}", "dpmpp": ""}[sampler]
     diffusion = create_diffusion(respacing)
     if num_sampling_steps > diffusion.num_timesteps:

@@ -12,6 +12,9 @@ SYSTEM = "system"
 UNUSED = "accepted for compatibility, without effect"
 GROUPS = (NEEDED, METHOD, FAMILY, TRAINING, SYSTEM, UNUSED)
 
+LARGEST = 10**15  # value of a flag: beyond any use, and exact as a float
+MAX_PIXELS, MAX_CLASSES = 10**5, 10**6  # of a side, of a network: memory is taken for them
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -54,16 +57,36 @@ def switch(name, help, **options):
 
 def path_flag(name, help, default=None, metavar="FILE", group=NEEDED, **options):
     """A flag that names a file or, with another metavar, a folder."""
-    return Flag(name, help, default, metavar=metavar, group=group, **options)
+    return Flag(name, help, default, type=path_text, metavar=metavar, group=group, **options)
 
 
-def number(convert, low, high=None):
+def path_text(text):
+    """A type for paths and names: text that a disk takes; an unset variable of the shell is empty."""
+    if not text:
+        raise ValueError("is empty; give a name, or leave the flag out")
+    return name_text(text)
+
+
+def name_text(text):
+    """A type for parts of paths, which may be empty."""
+    if not text.isprintable():
+        raise ValueError(f"{ascii(text)[:100]} is not printable text in UTF-8")
+    if len(text) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(f"{text[:60]}... is too long for a path")
+    return text
+
+
+def number(convert, low, high=LARGEST):
     """A type for numbers from `low` to `high`, both included."""
 
     def checked(text):
-        value = convert(text)
-        if not (value >= low and (high is None or value <= high)):
-            raise ValueError(f"{text}: expected {low}{' or more' if high is None else f' to {high}'}")
+        try:
+            value = convert(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a{' whole' if convert is int else ''} number") from None
+        if not low <= value <= high:
+            end = " or more" if high >= LARGEST and not value > high else f" to {high}"
+            raise ValueError(f"{text}: expected {low}{end}")
         return value
 
     return checked
@@ -73,14 +96,23 @@ count = number(int, 1)
 whole = number(int, 0)
 share = number(float, 0, 1)
 amount = number(float, 0)
+limit = number(float, 0, float("inf"))
+pixels = number(int, 1, MAX_PIXELS)
+classes = number(int, 1, MAX_CLASSES)
 
 
 def above_zero(text):
     """A type for numbers above 0."""
-    value = float(text)
+    value = amount(text)
     if not value > 0:
         raise ValueError(f"{text}: expected a number above 0")
     return value
+
+
+def expect(fits, option, value, expected):
+    """Raise ValueError, naming a flag, unless its value fits what is asked with it."""
+    if not fits:
+        raise ValueError(f"--{option} {value}: expected {expected}")
 
 
 def integer_list(text):

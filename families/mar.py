@@ -1,7 +1,7 @@
 """MAR (arXiv 2406.11838): a masked autoencoder of two stacks with a diffusion head, on latents of KL-16."""
 
 from families.family import Family, Latents
-from families.flags import FAMILY, Flag, amount, count, share, switch
+from families.flags import FAMILY, Flag, amount, count, expect, number, switch
 
 FIELDS = (
     "hidden_size", "encoder_depth", "decoder_depth", "num_heads", "head_depth", "head_width", "buffer_size",
@@ -88,9 +88,8 @@ def make_sampler(num_sampling_steps, cfg_scale, *, num_iter, cfg_schedule, tempe
 
 def check_sampler(config, *, num_iter, **_):
     """Raise ValueError if there are fewer tokens than steps."""
-    from diffusion.masked import plan_steps
-
-    plan_steps((config["input_size"] // config["patch_size"]) ** 2, num_iter)
+    tokens = (config["input_size"] // config["patch_size"]) ** 2
+    expect(num_iter <= tokens, "num-iter", num_iter, f"at most {tokens}, the number of tokens")
 
 
 def sampler_label(num_sampling_steps, *, num_iter, cfg_schedule, **_):
@@ -119,7 +118,7 @@ MAR = Family(
     read_shapes=read_shapes,
     flags={
         "train": (
-            Flag("mask-ratio-min", "smallest share of hidden tokens", 0.7, type=share, group=FAMILY),
+            Flag("mask-ratio-min", "smallest share of hidden tokens", 0.7, type=number(float, 1e-6, 1), group=FAMILY),
             Flag("diffusion-batch-mul", "noisings of every hidden token", 4, type=count, group=FAMILY),
         ),
         "sample": (

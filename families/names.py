@@ -6,12 +6,14 @@ layers, DiT-T-D6/2 is DiT-T/2 with 6, MAR-D6+10 has stacks of 6 and 10.
 
 import re
 
+DEPTH = "[1-9][0-9]{0,3}"  # layers of a stack: a name may come from a file, and no file may ask for millions
+
 
 def read_name(family, name):
     """Constructor arguments of a model of `family`. Raises ValueError for a name outside the grammar."""
     if name in family.models:
         return dict(family.models[name])
-    match = re.fullmatch(rf"{family.name}(-[A-Z]+)?-D([1-9]\d*(?:\+[1-9]\d*)?)((?:/\d+)?)", name)
+    match = re.fullmatch(rf"{family.name}(-[A-Z]+)?-D({DEPTH}(?:\+{DEPTH})?)((?:/[0-9]+)?)", name)
     base = match and f"{family.name}{match[1] or '-' + family.base}{match[3]}"
     depths = [int(part) for part in match[2].split("+")] if match else []
     if base not in family.models or len(depths) > len(family.stacks(family.models[base])):

@@ -103,8 +103,13 @@ class Decision(NamedTuple):
 
 @torch.no_grad()
 def decide(model):
-    """Read the decision of a gated network, or of its (averaged) LayerGates: the best candidate, first one on ties."""
+    """Read the decision of a gated network, or of its (averaged) LayerGates: the best candidate, first one on ties.
+
+    Raises ValueError if a logit is not finite.
+    """
     gates = getattr(model, "gumbel_gates", model)
+    if not all(logits.isfinite().all() for logits in gates):
+        raise ValueError("the gates are not finite, so they choose nothing")
     kept, confidence, start = [], [], 0
     for g, (_, m) in enumerate(gates.groups):
         candidate = gates.get_buffer(f"candidates_{g}")[gates[g][0].argmax()]

@@ -15,9 +15,9 @@ def parse_pattern(text, depth=None):
     With `depth`, a single "N:M" is repeated until it covers that many layers, and the groups are checked.
     Raises ValueError for anything that is not such a list.
     """
-    groups = []
+    groups, text = [], str(text)  # what a file holds may be anything
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})(?:x(\d{1,4}))?", part)
+        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})(?:x([0-9]{1,4}))?", part)
         if not match:
             raise ValueError(f"{text!r} is not a pattern: expected N:M groups such as 2:4,3:4 or 2:4x3,1:2")
         groups += [[int(match[1]), int(match[2])]] * int(match[3] or 1)
@@ -39,9 +39,11 @@ def check_groups(groups, depth=None):
         if not 1 <= n <= m:
             raise ValueError(f"group {n}:{m}: a group N:M keeps N of M layers, so 1 <= N <= M is needed")
         if math.comb(m, n) > MAX_CANDIDATES:
-            raise ValueError(f"group {n}:{m} has {math.comb(m, n):,} candidates: split it into smaller groups")
+            raise ValueError(f"group {n}:{m} has over {MAX_CANDIDATES:,} candidates: split it into smaller groups")
+    if not groups:
+        raise ValueError("the pattern covers 0 layers: at least one has to stay")
     covered = sum(m for _, m in groups)
-    if not groups or (depth is not None and covered != depth):
+    if depth is not None and covered != depth:
         raise ValueError(f"pattern {format_pattern(groups)} covers {covered} layers, but there are {depth}")
 
 

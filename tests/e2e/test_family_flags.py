@@ -83,7 +83,7 @@ def test_wrong_combinations(family, latents, run_script, tmp_path):
         learn = [*data, "--load-weight", family.weights, "--save-model", tmp_path / "out.pt"]
         with pytest.raises(InputError, match=r"--pattern 4:4,3:8: .*crosses from layer 5 to 6"):
             run_script("prune_by_learning", *learn, "--pattern", "4:4,3:8")
-        with pytest.raises(InputError, match=r"num_iter is 5: expected at most 4"):
+        with pytest.raises(InputError, match=r"--num-iter 5: expected at most 4"):
             run_script("sample", "--ckpt", family.student, "--num-iter", "5")
     assert not list(tmp_path.iterdir())
 

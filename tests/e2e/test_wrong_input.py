@@ -316,7 +316,7 @@ def test_extraction_into_a_damaged_folder(pictures, latents_copy, run_script, na
 
 def test_exploding_loss(teacher, latents, tmp_path, run_script):
     """A loss that is not finite ends the run, naming the step, and no state is saved."""
-    state = {**teacher.state, "final_layer.linear.bias": torch.full((24,), float("nan"))}
+    state = {**teacher.state, "final_layer.linear.bias": torch.full((24,), 1e30)}
     bad = tmp_path / "bad.pt"
     save_weights(bad, state, model="DiT-T/2", num_classes=10, vae="none")
     words = ["--load-weight", bad, "--data-path", latents, "--results-dir", tmp_path, "--global-batch-size", 16]

@@ -99,6 +99,9 @@ class RecordedLatents:
     def __len__(self):
         return self.images
 
+    def digest(self):
+        return "recorded"
+
 
 def replace_inputs(z, epochs, patch):
     """Let a script train on the recorded batches and draws, in the precision of `z`."""

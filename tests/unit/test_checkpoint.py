@@ -30,7 +30,7 @@ class Foreign:
 
 @pytest.fixture
 def state():
-    return {"blocks.0.w": torch.randn(300, generator=torch.Generator().manual_seed(0)), "b": torch.arange(3)}
+    return {"blocks.0.w": torch.randn(300, generator=torch.Generator().manual_seed(0)), "b": torch.arange(3.0)}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -215,7 +215,7 @@ def test_shapes_before_tensors(tmp_path, state, monkeypatch, same_weights):
     assert weights.count_parameters() == 303
     assert read == []
     same_weights(weights.state, state)
-    assert sorted(read) == sorted(state)
+    assert set(read) == set(state)
 
 
 @pytest.fixture

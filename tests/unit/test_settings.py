@@ -236,10 +236,10 @@ def test_nothing_is_fetched(tmp_path, monkeypatch, no_network):
     [
         ({"model": 3}, "model is 3; expected a name"),
         ({"model": "DiT-Q/2"}, "'DiT-Q/2' is not a model name"),
-        ({"model": "DiT-T/2", "num_classes": "ten"}, "num_classes is 'ten'; expected a number above 0"),
-        ({"model": "DiT-T/2", "num_classes": 0}, "num_classes is 0; expected a number above 0"),
-        ({"model": "DiT-T/2", "num_classes": True}, "num_classes is True; expected a number above 0"),
-        ({"model": "DiT-T/2", "num_classes": -5}, "num_classes is -5; expected a number above 0"),
+        ({"model": "DiT-T/2", "num_classes": "ten"}, "num_classes is 'ten'; expected a whole number from 1"),
+        ({"model": "DiT-T/2", "num_classes": 0}, "num_classes is 0; expected a whole number from 1"),
+        ({"model": "DiT-T/2", "num_classes": True}, "num_classes is True; expected a whole number from 1"),
+        ({"model": "DiT-T/2", "num_classes": -5}, "num_classes is -5; expected a whole number from 1"),
         ({"model": "DiT-T/2", "vae": ["none"]}, r"vae is \['none'\]; expected a name"),
     ],
 )

@@ -1,0 +1,98 @@
+"""Folders of several processes: one owner, by a lock that ends with its process, and the same disk for all."""
+
+import errno
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from engine.distributed import gather, on_main, shared_error
+from engine.errors import InputError, RunError
+
+NAME = ".lock"
+
+
+class FolderLock:
+    """Holds <folder>/.lock until `release`, or until the process is gone.
+
+    The file says who holds it, for the message. Disks that know no locks are used without one. Raises InputError,
+    naming `flag`, if another process holds it.
+    """
+
+    def __init__(self, folder, flag):
+        self.path = Path(folder) / NAME
+        self.file = self._take(flag)
+
+    def _take(self, flag):
+        try:
+            import fcntl  # Windows has none
+        except ImportError:
+            return None
+        while True:
+            file = open(self.path, "a+")  # noqa: SIM115  (open is what holds the lock)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                owner = describe_owner(file.read())
+                file.close()
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    return None
+                raise InputError(
+                    f"{flag} {self.path.parent}: in use {owner}; wait for its end, stop it, or take another folder"
+                ) from None
+            if self._is_still_there(file):
+                break
+            file.close()  # its owner has removed it since we opened it
+        file.truncate(0)
+        about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        file.write(json.dumps(about))
+        file.flush()
+        return file
+
+    def _is_still_there(self, file):
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self):
+        """Give the folder free, and leave nothing behind."""
+        if self.file:
+            with suppress(OSError):  # the disk may be what has ended the run
+                self.path.unlink()
+            self.file.close()
+            self.file = None
+
+
+def describe_owner(text):
+    """Who holds a lock, from the contents of its file."""
+    try:
+        about = json.loads(text)
+        return f"since {about['since']} by process {about['process']} on {about['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "by another process"
+
+
+def check_shared(flag, folder):
+    """Raise RunError on all processes unless all of them see the main one's files in a folder."""
+    name = on_main(lambda: _write_token(folder))
+    path = Path(folder) / name
+    seen = gather(path.exists())
+    on_main(path.unlink)
+    if not all(seen):
+        raise shared_error(
+            RunError(
+                f"{flag} {folder}: process {seen.index(False)} does not see what the main process writes there; take a "
+                "folder on a disk that all hosts share"
+            )
+        )
+
+
+def _write_token(folder):
+    """Make a file with a name that was never there before, which no host can have in its memory."""
+    name = f".shared.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+    (Path(folder) / name).touch()
+    return name
