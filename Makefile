@@ -1,9 +1,10 @@
-# make setup | demo | demo-sit | demo-mar | bench | test: each does all the set-up it needs in .venv
+# make setup | demo | demo-sit | demo-mar | bench | test | fuzz: each does all the set-up it needs in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+FUZZ_EXAMPLES ?= 100000
 
-.PHONY: setup demo demo-sit demo-mar bench test clean
+.PHONY: setup demo demo-sit demo-mar bench test fuzz clean
 
 setup: .venv/ready
 
@@ -22,6 +23,9 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 -n $(WORKERS) --dist worksteal
+
+fuzz: setup
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -v tests/fuzz
 
 bench: setup
 	$(BIN)/python -m benchmarks
