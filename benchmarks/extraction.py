@@ -74,7 +74,9 @@ def extract(folder, device, precision, batch, size, numbers):
     batches = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
     for good, pixels, _ in picture_loader(paths, size, batches, 0, run.device):
         draws = ImageDraws(run.seed, good, codec.noise_shape(size), run.device)
-        done.append(encode_pictures(codec, run, from_uint8(pixels.to(run.device)), draws).cpu().numpy())
+        done.append(
+            encode_pictures(codec, run, from_uint8(torch.from_numpy(pixels).to(run.device)), draws).cpu().numpy()
+        )
     return np.concatenate(done), time.process_time() - since
 
 

@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from engine.data import CORRUPT, DONE, MAKE_AGAIN, STORE_ERRORS, LatentStore, read_header, write_array
@@ -111,7 +112,8 @@ class Extraction:
 
     def _encode_batch(self, numbers, pixels):
         draws = ImageDraws(self.run.seed, numbers, self.codec.noise_shape(self.space.image_size), self.run.device)
-        latents = encode_pictures(self.codec, self.run, from_uint8(pixels.to(self.run.device)), draws).cpu().numpy()
+        pictures = from_uint8(torch.from_numpy(pixels).to(self.run.device))
+        latents = encode_pictures(self.codec, self.run, pictures, draws).cpu().numpy()
         if not np.isfinite(latents).all():
             bad = self.pictures.paths[numbers[int(np.argmin(np.isfinite(latents).all(axis=(1, 2, 3, 4))))]]
             raise RunError(f"the latents of {bad} are not finite; see --vae, or take --precision fp32")

@@ -109,7 +109,8 @@ def keep_batch(batch):
 class Pictures(Dataset):
     """Pictures by number, a batch at a time: those that can be read, their pixels, and what is wrong with the others.
 
-    Pixels are uint8 (n, size, size, 3), or None if n is 0: a quarter of the bytes to send between processes.
+    Pixels are an array (n, size, size, 3) of uint8, or None if n is 0: a quarter of the bytes to send between
+    processes, and no tensor, which would be sent through /dev/shm. That is small in many containers.
     """
 
     def __init__(self, paths, size):
@@ -123,7 +124,7 @@ class Pictures(Dataset):
                 good.append(i)
             except ValueError as error:
                 errors.append(str(error))
-        return good, torch.stack(pixels) if good else None, errors
+        return good, torch.stack(pixels).numpy() if good else None, errors
 
 
 def picture_loader(paths, size, batches, workers, device):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 from disturbed import check_same, contents, extraction_words, sampling_words, training_words
@@ -200,3 +201,19 @@ def test_fault(name, fault, teacher, latents, pictures, tmp_path, try_fault, mon
         pytest.skip("one of many; set FAULTS")
     monkeypatch.setattr("engine.extraction.SHARD", 20)
     try_fault(words_of(name, teacher, latents, pictures, tmp_path / "run"), fault)
+
+
+def test_small_shared_memory(pictures, tmp_path):
+    """Loader processes do not send pictures through it."""
+    child = os.fork()
+    if child == 0:
+        shared = Path("/dev/shm")
+        is_small = mount_memory(shared)
+        if is_small:
+            fill(shared, 1 << 17)
+        words = [*extraction_words(pictures, tmp_path / "features"), "--num-workers", "2", "--image-size", "128"]
+        os._exit(run_words(words)[0] if is_small else 77)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 77:
+        pytest.skip("no file system can be mounted here")
+    assert status == 0
