@@ -106,7 +106,7 @@ def open_checked(settings):
 
 
 def main(settings):
-    from engine.distributed import is_main, start_processes
+    from engine.distributed import agree, is_main, start_processes
     from engine.files import write_json
     from evaluation import evaluate as protocol
 
@@ -118,6 +118,8 @@ def main(settings):
         print("warning:", text, file=sys.stderr, flush=True)
     with flag_errors("--inception", settings.inception or "(not given)"):
         extractor = protocol.load_extractor(backend, settings.inception, device, settings.offline, settings.cache_dir)
+    shown = {"reference_images": reference.n, "samples": sample.n if sample else 0, "metrics": settings.metrics}
+    agree({**shown, "pr_dtype": settings.pr_dtype, "backend": backend})
     with flag_errors(f"REF {settings.ref} SAMPLE", settings.sample or "(none)"):
         if sample is None:
             protocol.write_statistics(reference, extractor, settings.save_stats, settings.batch_size)

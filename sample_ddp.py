@@ -141,7 +141,10 @@ def main(settings):
     plan.check()
 
     made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own | {"weights": weights.digest}
-    folder = SampleFolder(settings.sample_dir, name_folder(settings, weights.path), made_with, settings.image_size)
+    file = os.stat(weights.path)
+    earlier = {"ckpt_size": file.st_size, "ckpt_changed": file.st_mtime}
+    name = name_folder(settings, weights.path)
+    folder = SampleFolder(settings.sample_dir, name, made_with, settings.image_size, earlier)
     check_writable("--sample-dir", f"{folder.path}.npz", evaluate=reference.paths if reference else None)
     print_start(settings, run)
     note_early_average(run, weights)

@@ -133,6 +133,10 @@ class LatentDataset(Dataset):
     def __len__(self):
         return len(self.labels)
 
+    def name_images(self, images):
+        """What tells these images apart in the folder: rows of features.npy, or names of files."""
+        return self.source.name_images(images)
+
     def digest(self):
         """A short digest of sizes, labels, and the latents of 64 images."""
         images = np.linspace(0, len(self) - 1, 64).astype(int)
@@ -171,6 +175,10 @@ class MappedLatents:
         self.labels = np.array(store.labels[self.rows_of])
         self.rows = store.features.reshape(-1, *store.shape)  # a view, in the order of 2 * image + version
 
+    def name_images(self, images):
+        """Rows of features.npy."""
+        return self.rows_of[images].tolist()
+
     def read(self, images, versions, out):
         """Write the latents of these images, in these versions, to `out` (N, C, h, w)."""
         rows = 2 * self.rows_of[images] + versions
@@ -201,6 +209,10 @@ class PublishedLatents:
         if len(shapes) > 1:
             raise InputError(f"--data-path {folder}: files of several shapes: {shapes}; {READ_AGAIN}")
         self.metadata = {"shape": list(shapes.pop())}
+
+    def name_images(self, images):
+        """Names of files."""
+        return [self.names[image] for image in images]
 
     def read(self, images, versions, out):
         """Write the latents of these images, in these versions, to `out` (N, C, h, w)."""

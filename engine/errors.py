@@ -5,6 +5,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+INPUTS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".safetensors", ".bin")
 LONGEST_NAME = 180  # of a file: disks take 255 bytes, and a temporary name is longer
 
 
@@ -67,9 +68,10 @@ def check_apart(flag, path, inputs):
 
 
 def is_part_of(path, other):
-    """Whether a path is the file `other`, the facts beside it, or a file that is there in the folder `other`."""
+    """Whether a path is the file `other`, the facts beside it, or named like an input in the folder `other`."""
     path, facts, other = (os.path.realpath(name) for name in (path, f"{other}.json", other))
-    return path in (other, facts) or (os.path.exists(path) and path.startswith(os.path.join(other, "")))
+    is_input = path.endswith(INPUTS) or os.path.basename(path) in ("metadata.json", "config.json")
+    return path in (other, facts) or (is_input and path.startswith(os.path.join(other, "")))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.data import CORRUPT, DONE, MAKE_AGAIN, STORE_ERRORS, LatentStore, read_header, write_array
+from engine.data import CORRUPT, DONE, MAKE_AGAIN, PENDING, STORE_ERRORS, LatentStore, read_header, write_array
 from engine.distributed import barrier, on_main
 from engine.errors import InputError, RunError, one_line
 from engine.files import remove_partial_files, write_errors
@@ -39,7 +39,7 @@ class Extraction:
             "precision": run.precision,
         }
         self.folder, self.lock = folder, None
-        on_main(lambda: self._prepare(metadata))
+        on_main(lambda: self._prepare(metadata), patient=True)
         check_shared("--features-path", folder)
         self.store = self._open()
 
@@ -94,9 +94,10 @@ class Extraction:
         """
         n = len(self.pictures.paths)
         batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
-        missing = [batch for batch in batches if (self.store.status[batch] != DONE).any()]
+        # The main process says what is missing: other hosts may not see its latest marks yet.
+        missing = on_main(lambda: [k for k, batch in enumerate(batches) if (self.store.status[batch] != DONE).any()])
         rank, world = self.run.rank, self.run.world
-        mine = missing[len(missing) * rank // world : len(missing) * (rank + 1) // world]
+        mine = [batches[k] for k in missing[len(missing) * rank // world : len(missing) * (rank + 1) // world]]
         images = picture_loader(self.pictures.paths, self.space.image_size, mine, workers, self.run.device)
         bar = tqdm(images, desc="encoding batches", disable=not self.run.is_main)
         writer = ShardWriter(self.store, max(1, SHARD // size))
@@ -108,7 +109,14 @@ class Extraction:
         writer.close()
         barrier()
         on_main(lambda: self._join_status(self.store))
-        return on_main(lambda: np.flatnonzero(self._open().status == CORRUPT).tolist())
+        return on_main(self._list_corrupt)
+
+    def _list_corrupt(self):
+        """Numbers of the pictures that cannot be read. Raises RunError if one was not looked at."""
+        status = self._open().status
+        if (status == PENDING).any():
+            raise RunError(f"--features-path {self.folder}: not all pictures were encoded; repeat the command")
+        return np.flatnonzero(status == CORRUPT).tolist()
 
     def _encode_batch(self, numbers, pixels):
         draws = ImageDraws(self.run.seed, numbers, self.codec.noise_shape(self.space.image_size), self.run.device)

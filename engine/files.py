@@ -27,7 +27,7 @@ def write_atomically(path, write, durable=True):
     Raises RunError, with the reason and what to do, if the file cannot be written; what was there before stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()[:30]}.{os.getpid()}.part")
     try:
         with write_errors(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def find_os_error(error, path):
 
 def remove_dead_partial_files(path):
     """Remove what processes of this host that are gone have left half written of a file."""
-    start = f".{path.name}.{socket.gethostname()}."
+    start = f".{path.name}.{socket.gethostname()[:30]}."
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(start) and entry.name.endswith(".part")]
     for name in names:
@@ -174,8 +174,9 @@ def download(url, target, check=lambda path: None):
     the file cannot be fetched.
     """
     target = Path(target)
-    while int(os.environ.get("LOCAL_RANK", 0)) and not target.is_file():
-        time.sleep(1)  # the first process of this machine fetches; the launcher ends us if it fails
+    failed = target.with_name(f".{target.name}.{os.getppid()}.failed")  # processes of a launcher have one parent
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        wait_for_file(target, failed)
     if target.is_file():
         return target
 
@@ -188,8 +189,20 @@ def download(url, target, check=lambda path: None):
     try:
         write_atomically(target, fetch)
     except ValueError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            failed.write_text(str(error))
         raise ValueError(f"{url} cannot be fetched ({error})") from None
+    for old in target.parent.glob(f".{target.name}.*.failed"):
+        old.unlink(missing_ok=True)
     return target
+
+
+def wait_for_file(target, failed):
+    """Wait until the first process of this machine has fetched a file. Raises ValueError if it says that it cannot."""
+    while not target.is_file():
+        if failed.exists():
+            raise ValueError(f"{target.name} cannot be fetched ({failed.read_text()})")
+        time.sleep(0.5)
 
 
 def read_blocks(url, title):

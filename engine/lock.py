@@ -10,8 +10,10 @@ from pathlib import Path
 
 from engine.distributed import gather, on_main, shared_error
 from engine.errors import InputError, RunError
+from engine.files import is_alive, write_errors
 
 NAME = ".lock"
+PATIENCE = 15  # seconds that the loader processes of a dead owner may need to notice
 
 
 class FolderLock:
@@ -30,18 +32,23 @@ class FolderLock:
             import fcntl  # Windows has none
         except ImportError:
             return None
+        deadline = time.monotonic() + PATIENCE
         while True:
             file = open(self.path, "a+")  # noqa: SIM115  (open is what holds the lock)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                owner = describe_owner(file.read())
+                owner = read_owner(file.read())
                 file.close()
-                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     return None
+                if time.monotonic() < deadline and is_gone(owner):
+                    time.sleep(0.5)
+                    continue
                 raise InputError(
-                    f"{flag} {self.path.parent}: in use {owner}; wait for its end, stop it, or take another folder"
+                    f"{flag} {self.path.parent}: in use {describe_owner(owner)}; wait for its end, stop it, or take "
+                    "another folder"
                 ) from None
             if self._is_still_there(file):
                 break
@@ -67,13 +74,24 @@ class FolderLock:
             self.file = None
 
 
-def describe_owner(text):
-    """Who holds a lock, from the contents of its file."""
+def read_owner(text):
+    """Who holds a lock, from the contents of its file; empty if it does not say."""
     try:
         about = json.loads(text)
-        return f"since {about['since']} by process {about['process']} on {about['host']}"
+        return {name: about[name] for name in ("since", "process", "host")}
     except (ValueError, KeyError, TypeError):
-        return "by another process"
+        return {}
+
+
+def describe_owner(owner):
+    """The same as text."""
+    return f"since {owner['since']} by process {owner['process']} on {owner['host']}" if owner else "by another process"
+
+
+def is_gone(owner):
+    """Whether the owner was a process of this host that is no more; its loader processes end some seconds later."""
+    is_here = owner.get("host") == socket.gethostname() and type(owner.get("process")) is int
+    return is_here and not is_alive(owner["process"])
 
 
 def check_shared(flag, folder):
@@ -81,7 +99,7 @@ def check_shared(flag, folder):
     name = on_main(lambda: _write_token(folder))
     path = Path(folder) / name
     seen = gather(path.exists())
-    on_main(path.unlink)
+    on_main(lambda: _remove_token(path))
     if not all(seen):
         raise shared_error(
             RunError(
@@ -94,5 +112,11 @@ def check_shared(flag, folder):
 def _write_token(folder):
     """Make a file with a name that was never there before, which no host can have in its memory."""
     name = f".shared.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
-    (Path(folder) / name).touch()
+    with write_errors(Path(folder) / name):
+        (Path(folder) / name).touch()
     return name
+
+
+def _remove_token(path):
+    with write_errors(path):
+        path.unlink()

@@ -4,10 +4,11 @@ import json
 import logging
 import os
 import re
+import secrets
 import sys
 from pathlib import Path
 
-from engine.checkpoint import read_state, save_state
+from engine.checkpoint import read_file, read_state, save_state
 from engine.errors import InputError, check_folder
 from engine.files import plain, read_json, remove_partial_files, write_atomically, write_errors, write_json
 from engine.lock import FolderLock
@@ -29,64 +30,74 @@ class RunFolder:
     def __init__(self, path, about, facts, resume=None, keep_checkpoints=None, keep_every=None):
         self.path, self.facts, self.resume_from = Path(path), facts, str(resume) if resume else None
         self.keep_checkpoints, self.keep_every = keep_checkpoints, keep_every
-        self.about = plain({**about, "continues": self.resume_from})
+        self.about = plain({**about, "continues": self.resume_from, "branch": None})
         self.settings = comparable(self.about["settings"])
         self.logger = self.lock = None
+        self.own = []  # states of this branch of the run, which are here
         self.continued, self.state = None, None  # path and contents of the state to continue from
 
     def prepare(self):
-        """Choose the state to continue from, and return remarks on it; nothing is written.
+        """Choose the state to continue from, and return remarks on what was passed over; nothing is written.
 
-        Raises InputError if the folder holds states of a run with other settings or inputs, unless a state was named to
-        continue from; its continuation, once begun, is a run like any other.
+        `--resume` begins a branch: its states carry its name, and those that others have left here are not its own. A
+        branch that was begun is continued by the same command, with --resume or without. Raises InputError if the
+        folder holds states of a run with other settings or inputs, or none of its states can be used.
         """
         check_folder("--results-dir", self.path / "checkpoints")
         for path in (self.path / name for name in ("config.json", "log.txt", "metrics.jsonl")):
             if os.path.lexists(path) and not path.is_file():
                 raise InputError(f"--results-dir {path}: is not a regular file; remove it, or take another --prefix")
-        recorded = read_record(self.path / "config.json") if self._states() else {}
+        recorded, states = read_record(self.path / "config.json"), self._states()
         difference = find_difference(self.path, recorded, self.about) if recorded else None
-        goes_on = recorded and recorded.get("continues") == self.resume_from and not difference
-        if self.resume_from and not goes_on:
+        base = recorded.get("continues")
+        if self.resume_from and (difference or base != self.resume_from):
+            self.about["branch"] = secrets.token_hex(4)
             self.continued, self.state = self.resume_from, read_state(self.resume_from)
             return []
         if difference:
-            raise InputError(difference)
-        self.about["continues"] = recorded.get("continues")
-        return self._choose_state()
+            if states:
+                raise InputError(difference)
+            return []  # a start that failed does not keep a folder
+        self.about |= {"continues": base, "branch": recorded.get("branch")}
+        return self._choose_state(states, base)
 
-    def _states(self):
-        """States of this folder, the newest first."""
-        found = [f for f in self.path.glob("checkpoints/*.pt") if re.fullmatch(r"\d{7,}", f.stem)]
-        return sorted(found, key=lambda f: -int(f.stem))
-
-    def _choose_state(self):
-        """Take the newest intact state of this run, else the one it continues; returns remarks on what was passed over.
-
-        States that another branch of the run left here, before `--resume`, are not of this run.
-        """
+    def _choose_state(self, states, base):
+        """Take the newest intact one of this branch's states, else the one it continues; returns remarks."""
         remarks = []
-        for path in self._states():
+        for path in states:
             try:
-                state = read_state(path)
+                state = read_file(path, "--resume")
+                if not self._is_own(state):
+                    remarks.append(f"passed over: {path} is of another branch of this run")
+                    continue
+                if self.continued is None:
+                    self.state = read_state(path)
+                    self.continued = path
+                self.own.append(path)
             except InputError as error:
                 remarks.append(f"passed over: {error}")
-                continue
-            known = plain(state.get("args"))
-            known = comparable(known) if isinstance(known, dict) else {}
-            if all(self.settings.get(name) == value for name, value in known.items()):
-                self.continued, self.state = path, state
-                return remarks
-            remarks.append(f"passed over: {path} is of a run with other settings")
-        base = self.about["continues"]
-        if base:
+        if self.continued is None and base:
             self.continued, self.state = base, read_state(base)
-        elif remarks:
+        elif self.continued is None and remarks:
             raise InputError(
                 f"--resume: no state in {self.path} can be continued ({'; '.join(remarks[:2])}); name another one, or "
                 "delete these to begin again"
             )
         return remarks
+
+    def _is_own(self, state):
+        """Whether what was read from a state is of this branch; states of earlier versions have only settings."""
+        if not isinstance(state, dict):
+            return True  # and is refused when it is looked at
+        known = plain(state.get("args"))
+        known = comparable(known) if isinstance(known, dict) else {}
+        is_same = all(self.settings.get(name) == value for name, value in known.items())
+        return state.get("branch") == self.about["branch"] and (is_same or self.about["branch"] is not None)
+
+    def _states(self):
+        """States in this folder, the newest first."""
+        found = [f for f in self.path.glob("checkpoints/*.pt") if re.fullmatch(r"\d{7,}", f.stem)]
+        return sorted(found, key=lambda f: -int(f.stem))
 
     def open(self):
         """Make the folder, take it and start the log."""
@@ -114,13 +125,19 @@ class RunFolder:
     def save_state(self, state):
         """Write a training state to checkpoints/<step, 7 digits>.pt; its `ema` can be sampled from."""
         path = self.path / "checkpoints" / f"{state['train_steps']:07d}.pt"
-        save_state(path, {**state, "args": self.settings}, **self.facts)
+        save_state(path, {**state, "args": self.settings, "branch": self.about["branch"]}, **self.facts)
         self.log(f"saved {path}")
+        self.own = [path, *(other for other in self.own if other != path)]
         if self.keep_checkpoints:
-            for old in self._states()[self.keep_checkpoints :]:
-                if not self.keep_every or int(old.stem) % self.keep_every:
-                    old.unlink()
-                    Path(f"{old}.json").unlink(missing_ok=True)
+            self._delete_old_states()
+
+    def _delete_old_states(self):
+        """Delete states of this branch but the newest, and those of every so many steps."""
+        for path in self.own[self.keep_checkpoints :]:
+            if not self.keep_every or int(path.stem) % self.keep_every:
+                self.own.remove(path)
+                path.unlink(missing_ok=True)
+                Path(f"{path}.json").unlink(missing_ok=True)
 
     def write_metrics(self, row):
         """Add a row to metrics.jsonl."""
@@ -186,6 +203,12 @@ def run_path(parent, prefix, model):
     return Path(parent) / "-".join(filter(None, [prefix, model.replace("/", "-")]))
 
 
+def read_precision(about):
+    """What a run computes in, by its record; None if it does not say."""
+    environment = about.get("environment")
+    return environment.get("precision") if isinstance(environment, dict) else None
+
+
 def find_difference(path, recorded, about):
     """How the run that is recorded in the folder `path` differs from `about` in settings or inputs, or None."""
     old, new, origins = comparable(recorded["settings"]), comparable(about["settings"]), about["origins"]
@@ -198,6 +221,12 @@ def find_difference(path, recorded, about):
             f"--results-dir and --prefix: {path} holds a run with --{name.replace('_', '-')} "
             f"{old.get(name, 'not set')}, now it is {new.get(name)}; take another --prefix, or repeat the old command "
             "to resume"
+        )
+    before, now = (read_precision(each) for each in (recorded, about))
+    if before and before != now:
+        return (
+            f"--precision: the run in {path} was computed in {before}, now it would be in {now}; give --precision "
+            f"{before}, or see whether the GPU is there"
         )
     known = recorded.get("inputs") if isinstance(recorded.get("inputs"), dict) else {}
     for name, digest in about["inputs"].items():

@@ -11,11 +11,14 @@ from engine.sampling import ImageDraws
 
 
 class SampleFolder:
-    """<parent>/<name> for pictures made with `settings` ({name: value}); size: theirs, in pixels."""
+    """<parent>/<name> for pictures made with `settings` ({name: value}); size: theirs, in pixels.
 
-    def __init__(self, parent, name, settings, size):
+    earlier: what records of earlier versions hold of the weights, instead of the digest in `settings`.
+    """
+
+    def __init__(self, parent, name, settings, size, earlier=None):
         self.parent, self.path, self.size = parent, Path(parent) / name, size
-        self.settings, self.lock = plain(settings), None
+        self.settings, self.earlier, self.lock = plain(settings), plain(earlier or {}), None
 
     def prepare(self):
         """Make the folder, take it, and record what its pictures depend on; in the main process.
@@ -23,13 +26,12 @@ class SampleFolder:
         Raises InputError if it holds some that were made otherwise.
         """
         record = self.path / "sampling.json"
-        old = plain(read_json("--sample-dir", record)) if os.path.lexists(record) else self.settings
-        # What was not recorded by earlier versions is not compared.
-        different = [name for name in self.settings if name in old and old[name] != self.settings[name]]
-        if different:
+        if os.path.lexists(record):
+            self._compare(plain(read_json("--sample-dir", record)))
+        elif any(self.path.glob("*.png")):
             raise InputError(
-                f"--sample-dir {self.parent}: {self.path} holds images with {different[0]} {old[different[0]]}, now "
-                f"{self.settings[different[0]]}; delete that folder or take another --sample-dir"
+                f"--sample-dir {self.parent}: {self.path} holds images, but no sampling.json that says how they were "
+                "made; delete that folder or take another --sample-dir"
             )
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -38,6 +40,16 @@ class SampleFolder:
             for partial in self.path.parent.glob(f".{self.path.name}.npz.*.part"):
                 partial.unlink(missing_ok=True)
         write_json(record, self.settings)
+
+    def _compare(self, old):
+        """Raise InputError if the record of the pictures says something else; what it leaves out is not compared."""
+        new = self.settings if "weights" in old else {**self.settings, **self.earlier}
+        different = [name for name in new if name in old and old[name] != new[name]]
+        if different:
+            raise InputError(
+                f"--sample-dir {self.parent}: {self.path} holds images with {different[0]} {old[different[0]]}, now "
+                f"{new[different[0]]}; delete that folder or take another --sample-dir"
+            )
 
     def close(self):
         """Give the folder free."""

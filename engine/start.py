@@ -165,10 +165,11 @@ def start_training(settings, run, data, networks, sketch, facts):
         remarks = folder.prepare()
         if folder.state:
             sketch.check(folder.state, folder.continued)
-        check_room(path, sketch.count_bytes())
+        if not folder.state or folder.state["train_steps"] < data.total_steps:
+            check_room(path, sketch.count_bytes())
         return remarks
 
-    remarks = on_main(prepare)
+    remarks = on_main(prepare, patient=True)
     lines = [
         f"command: {about['environment']['command']}",
         f"{run.world} process(es), {run.device.type}, {run.precision}, folder {path}",

@@ -93,6 +93,7 @@ class Trainer:
             meter = Meter(self.run, data)
             self.resume(folder, meter)
             on_main(folder.write_config)
+            on_main(lambda: folder.drop_metrics_after(self.steps if folder.continued else -1))
             if self.steps >= data.total_steps:
                 folder.log(
                     f"nothing left to train: {self.steps} of {data.total_steps} steps are done, the last state is in "
@@ -151,7 +152,7 @@ class Trainer:
             check_finite(state, self.steps)
             folder.save_state(state)
 
-        on_main(save)
+        on_main(save, patient=True)
 
     def state_dict(self):
         """The training state: tensors and plain values."""
@@ -168,7 +169,6 @@ class Trainer:
         """Continue from the state that the main process's folder has chosen, if there is one: it is sent to all."""
         state, folder.state = broadcast(folder.state), None
         if state is None:
-            on_main(lambda: folder.drop_metrics_after(-1))
             return
         asked = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         try:
@@ -195,7 +195,6 @@ class Trainer:
                 )
             )
         self.steps = state["train_steps"]
-        on_main(lambda: folder.drop_metrics_after(self.steps))
         folder.log(f"resumed from {folder.continued} at step {self.steps}")
         if state.get("world", self.run.world) != self.run.world:
             folder.log(
@@ -229,7 +228,7 @@ class Meter:
 
     def __init__(self, run, data):
         self.run, self.data = run, data
-        self.sums, self.count, self.start = {}, 0, time.monotonic()
+        self.sums, self.count, self.timed, self.start = {}, 0, 0, time.monotonic()
         self.first_bad = torch.tensor(float("inf"), device=run.device)
         self.bad_rows = torch.tensor(0, device=run.device)
 
@@ -243,6 +242,7 @@ class Meter:
         self.bad_rows = torch.where(is_first, rows, self.bad_rows)
         self.first_bad = torch.where(is_first, float(step), self.first_bad)
         self.count += 1
+        self.timed += 1  # not those of before a restart
 
     def check_finite(self):
         """Raise RunError on all processes if a loss or a gradient was not finite on one."""
@@ -251,7 +251,9 @@ class Meter:
             return
         mine = self.first_bad.item() == step
         found = gather(self._name_bad_pictures(int(step)) if mine else None)
-        rank = next(k for k, pictures in enumerate(found) if pictures is not None)
+        # The sum of gradients brings what is not finite to all processes: the one that has a picture is meant.
+        bad = [k for k, pictures in enumerate(found) if pictures is not None]
+        rank = next((k for k in bad if found[k]), bad[0])
         what = f"loss of images {found[rank]} of --data-path is" if found[rank] else "gradient is"
         raise shared_error(
             RunError(
@@ -265,7 +267,8 @@ class Meter:
         if not self.bad_rows.ndim:
             return []
         (items,) = self.data.order([step - 1], self.run.rank, self.run.world)
-        return [item // 2 for item, bad in zip(items, self.bad_rows.tolist(), strict=True) if bad][:10]
+        images = [item // 2 for item, bad in zip(items, self.bad_rows.tolist(), strict=True) if bad]
+        return self.data.dataset.name_images(images[:10])
 
     def gather(self):
         """What is measured since the last row, of all processes, for a training state."""
@@ -279,7 +282,7 @@ class Meter:
         if len(sums) == self.run.world:
             mine = sums[self.run.rank]
         else:
-            mine = {name: sum(each[name] for each in sums) / self.run.world for name in sums[0]}
+            mine = {name: sum(each[name] for each in sums) / len(sums) for name in sums[0]}
         self.sums = {name: value.to(self.run.device) for name, value in mine.items()}
 
     def flush(self, step, lr, grad_norm):
@@ -292,7 +295,7 @@ class Meter:
         self.check_finite()
         means = all_reduce(torch.stack(list(self.sums.values()))) / (self.count * self.run.world)
         row = dict(zip(self.sums, means.tolist(), strict=True))
-        rate = self.count / (time.monotonic() - self.start)
+        rate = self.timed / (time.monotonic() - self.start)
         total, batch = self.data.total_steps, self.data.global_batch_size
         left = timedelta(seconds=round((total - step) / rate))
         losses = " ".join(f"{name} {value:.4f}" for name, value in row.items())
@@ -303,5 +306,5 @@ class Meter:
             f"{rate * batch:.1f} images/s  {shown}left {left}"
         )
         row |= {"lr": lr, "grad_norm": grad_norm, "images_per_second": rate * batch}
-        self.sums, self.count, self.start = {}, 0, time.monotonic()
+        self.sums, self.count, self.timed, self.start = {}, 0, 0, time.monotonic()
         return row, line

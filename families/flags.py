@@ -1,5 +1,6 @@
 """One row of a command line, and the kinds of values that flags take. Without torch: --help reads it."""
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,8 +70,9 @@ def path_text(text):
 
 def name_text(text):
     """A type for parts of paths, which may be empty."""
-    if not text.isprintable():
-        raise ValueError(f"{ascii(text)[:100]} is not printable text in UTF-8")
+    odd = [sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs")]
+    if odd:
+        raise ValueError(f"{ascii(text)[:100]} has {odd[0]!a}, a control character or no UTF-8; rename it")
     if len(text) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
         raise ValueError(f"{text[:60]}... is too long for a path")
     return text

@@ -10,8 +10,10 @@ import torch
 from disturbed import TRAIN, contents, training_words
 
 from engine.checkpoint import read_file, save_weights
+from engine.data import TrainingData
 from engine.errors import InputError, RunError
-from engine.trainer import Trainer
+from engine.run import Run
+from engine.trainer import Meter, Trainer
 
 
 def train_words(teacher, latents, results, *more):
@@ -229,3 +231,83 @@ def test_no_room_for_a_state(teacher, latents, tmp_path, run_script, monkeypatch
     with pytest.raises(InputError, match=r"a training state takes 0\.017 GB, and 0\.005 GB are free"):
         run_script(*train_words(teacher, latents, tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def stopped_branch(words, early, run_script, monkeypatch, step):
+    """Begin a branch from an early state, and let it fail at a step."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(RunError):
+            run_script(*words, "--resume", early)
+
+
+@pytest.mark.parametrize("flags", [[], ["--lr", "0.001"]])
+@pytest.mark.parametrize("repeated", ["with --resume", "without"])
+def test_branch_without_a_state(teacher, latents, tmp_path, run_script, monkeypatch, flags, repeated):
+    """It begins again where it began, also where an older branch with the same settings has come to its end."""
+    words = train_words(teacher, latents, tmp_path)
+    run_script(*words)
+    early = shutil.copy(run_of(tmp_path) / "checkpoints" / "0000003.pt", tmp_path / "early.pt")
+    branch = [*words, *flags]
+    stopped_branch(branch, early, run_script, monkeypatch, 5)
+    run_script(*branch, *(["--resume", early] if repeated == "with --resume" else []))
+    assert (run_of(tmp_path) / "log.txt").read_text().count(f"resumed from {early} at step 3") == 2
+    rows = [json.loads(line)["step"] for line in (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [2, 4, 6, 8]
+
+
+def test_keep_checkpoints_of_a_branch(teacher, latents, tmp_path, run_script, monkeypatch):
+    """States of another branch are neither counted nor deleted, nor is the one that the branch began with."""
+    run_script(*train_words(teacher, latents, tmp_path, "--ckpt-every", "1"))
+    base = run_of(tmp_path) / "checkpoints" / "0000002.pt"
+    branch = train_words(teacher, latents, tmp_path, "--ckpt-every", "1", "--lr", "0.001", "--keep-checkpoints", "2")
+    stopped_branch(branch, base, run_script, monkeypatch, 6)
+    assert states(tmp_path) == [f"{step:07d}" for step in (1, 2, 4, 5, 6, 7, 8)]
+    run_script(*branch)
+    assert "0000005.pt at step 5" in (run_of(tmp_path) / "log.txt").read_text()
+    assert states(tmp_path) == [f"{step:07d}" for step in (1, 2, 7, 8)]
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (2, 2)])
+def test_means_with_other_processes(before, now, monkeypatch):
+    """Losses of one are one, whoever has measured them."""
+    run = Run("cpu")
+    run.world = now
+    meter = Meter(run, TrainingData(range(8), epochs=9, global_batch_size=4))
+    meter.load({"count": 3, "sums": [{"loss": torch.tensor(3.0)}] * before})
+    meter.add({"loss": torch.ones(2)}, 4)
+    monkeypatch.setattr("engine.trainer.all_reduce", lambda t, op="sum": t * now if op == "sum" else t)
+    assert meter.flush(4, 0.1, 1.0)[0]["loss"] == 1
+
+
+def test_other_precision(teacher, latents, tmp_path, run_script):
+    """The default depends on the device: another one than before is not taken in silence."""
+    words = train_words(teacher, latents, tmp_path)
+    run_script(*words)
+    config = run_of(tmp_path) / "config.json"
+    about = json.loads(config.read_text())
+    about["environment"]["precision"] = "bf16"
+    config.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"--precision: the run in .* was computed in bf16, now it would be in fp32"):
+        run_script(*words)
+
+
+def test_samples_of_an_earlier_version(teacher, tmp_path, run_script):
+    """Their record has the size and time of the weights: other weights under that name are refused."""
+    weights = tmp_path / "w.pt"
+    for suffix in ("", ".json"):
+        shutil.copy(f"{teacher.student}{suffix}", f"{weights}{suffix}")
+    few = ["--num-fid-samples", 2, "--num-sampling-steps", 2]
+    words = ["sample_ddp", "--ckpt", weights, "--sample-dir", tmp_path / "s", *few]
+    run_script(*words)
+    (record,) = (tmp_path / "s").glob("*/sampling.json")
+    about, info = json.loads(record.read_text()), weights.stat()
+    del about["weights"]
+    record.write_text(json.dumps({**about, "ckpt_size": info.st_size, "ckpt_changed": info.st_mtime}))
+    run_script(*words)
+    record.write_text(json.dumps({**about, "ckpt_size": info.st_size - 1, "ckpt_changed": info.st_mtime}))
+    with pytest.raises(InputError, match="holds images with ckpt_size"):
+        run_script(*words)
+    record.unlink()
+    with pytest.raises(InputError, match=r"no sampling\.json that says how they were made"):
+        run_script(*words)
