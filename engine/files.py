@@ -18,6 +18,7 @@ from tqdm import tqdm
 from engine.errors import InputError, RunError
 
 TIMEOUT = 60  # seconds without an answer of a server
+STARTED = time.time()
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
@@ -174,11 +175,12 @@ def download(url, target, check=lambda path: None):
     the file cannot be fetched.
     """
     target = Path(target)
-    failed = target.with_name(f".{target.name}.{os.getppid()}.failed")  # processes of a launcher have one parent
+    failed = target.with_name(f".{target.name}.failed")
     if int(os.environ.get("LOCAL_RANK", 0)):
         wait_for_file(target, failed)
     if target.is_file():
         return target
+    failed.unlink(missing_ok=True)
 
     def fetch(temporary):
         with open(temporary, "wb") as file:
@@ -192,15 +194,13 @@ def download(url, target, check=lambda path: None):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             failed.write_text(str(error))
         raise ValueError(f"{url} cannot be fetched ({error})") from None
-    for old in target.parent.glob(f".{target.name}.*.failed"):
-        old.unlink(missing_ok=True)
     return target
 
 
 def wait_for_file(target, failed):
     """Wait until the first process of this machine has fetched a file. Raises ValueError if it says that it cannot."""
     while not target.is_file():
-        if failed.exists():
+        if failed.exists() and failed.stat().st_mtime > STARTED - 5:  # not of an earlier run
             raise ValueError(f"{target.name} cannot be fetched ({failed.read_text()})")
         time.sleep(0.5)
 
