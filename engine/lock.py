@@ -10,10 +10,10 @@ from pathlib import Path
 
 from engine.distributed import gather, on_main, shared_error
 from engine.errors import InputError, RunError
-from engine.files import is_alive, write_errors
+from engine.files import write_errors
 
 NAME = ".lock"
-PATIENCE = 15  # seconds that the loader processes of a dead owner may need to notice
+HELD = set()  # open files of the locks that this process holds
 
 
 class FolderLock:
@@ -32,7 +32,6 @@ class FolderLock:
             import fcntl  # Windows has none
         except ImportError:
             return None
-        deadline = time.monotonic() + PATIENCE
         while True:
             file = open(self.path, "a+")  # noqa: SIM115  (open is what holds the lock)
             try:
@@ -43,9 +42,6 @@ class FolderLock:
                 file.close()
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     return None
-                if time.monotonic() < deadline and is_gone(owner):
-                    time.sleep(0.5)
-                    continue
                 raise InputError(
                     f"{flag} {self.path.parent}: in use {describe_owner(owner)}; wait for its end, stop it, or take "
                     "another folder"
@@ -57,6 +53,7 @@ class FolderLock:
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         file.write(json.dumps(about))
         file.flush()
+        HELD.add(file)
         return file
 
     def _is_still_there(self, file):
@@ -70,6 +67,7 @@ class FolderLock:
         if self.file:
             with suppress(OSError):  # the disk may be what has ended the run
                 self.path.unlink()
+            HELD.discard(self.file)
             self.file.close()
             self.file = None
 
@@ -88,10 +86,15 @@ def describe_owner(owner):
     return f"since {owner['since']} by process {owner['process']} on {owner['host']}" if owner else "by another process"
 
 
-def is_gone(owner):
-    """Whether the owner was a process of this host that is no more; its loader processes end some seconds later."""
-    is_here = owner.get("host") == socket.gethostname() and type(owner.get("process")) is int
-    return is_here and not is_alive(owner["process"])
+def forget_locks():
+    """Close a forked process's copies of the locks: a loader process must not hold the folder of a dead owner."""
+    for file in HELD:
+        file.close()
+    HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_locks)
 
 
 def check_shared(flag, folder):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from disturbed import TRAIN, contents, training_words
 from engine.checkpoint import read_file, save_weights
 from engine.data import TrainingData
 from engine.errors import InputError, RunError
+from engine.lock import FolderLock
 from engine.run import Run
 from engine.trainer import Meter, Trainer
 
@@ -311,3 +313,16 @@ def test_samples_of_an_earlier_version(teacher, tmp_path, run_script):
     record.unlink()
     with pytest.raises(InputError, match=r"no sampling\.json that says how they were made"):
         run_script(*words)
+
+
+def test_children_do_not_hold_the_folder(tmp_path):
+    """A loader process outlives its killed parent for some seconds; the folder is free at once."""
+    child = os.fork()
+    if child == 0:
+        FolderLock(tmp_path, "--results-dir")
+        if os.fork() == 0:
+            time.sleep(5)
+        os._exit(0)
+    os.waitpid(child, 0)
+    FolderLock(tmp_path, "--results-dir").release()
+    assert not list(tmp_path.iterdir())
