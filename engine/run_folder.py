@@ -160,8 +160,10 @@ def read_record(path):
     if not path.exists():
         return {}
     recorded = read_json("--results-dir", path)
-    # Flat in folders of earlier versions, which held the script too.
-    recorded = recorded if isinstance(recorded.get("settings"), dict) else {"settings": recorded}
+    if "settings" not in recorded:
+        recorded = {"settings": recorded}  # in folders of earlier versions, which held the script too
+    if not isinstance(recorded["settings"], dict):
+        raise InputError(f"--results-dir {path}: settings is no JSON object; mend it, or take another --prefix")
     return plain(recorded)
 
 
