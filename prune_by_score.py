@@ -62,7 +62,7 @@ def main(settings):
 
     calibration = settings.make(Calibration, space=space)
     batches = calibration.batches(run.device, config["in_channels"])
-    print_start(settings, run)
+    print_start(settings, run, data_path=calibration.digest() if run.world > 1 else "")
     if settings.dry_run:
         return
 

@@ -146,7 +146,7 @@ def main(settings):
     name = name_folder(settings, weights.path)
     folder = SampleFolder(settings.sample_dir, name, made_with, settings.image_size, earlier)
     check_writable("--sample-dir", f"{folder.path}.npz", evaluate=reference.paths if reference else None)
-    print_start(settings, run)
+    print_start(settings, run, folder=name)
     note_early_average(run, weights)
     if reference:
         with flag_errors("--inception", settings.inception or "(not given)"):

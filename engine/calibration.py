@@ -28,6 +28,11 @@ class Calibration:
         """Number of batches."""
         return self.nsamples // self.batch_size
 
+    def digest(self):
+        """A short digest of the data, encoded or not."""
+        data = list_images(self.data_path) if self._holds_pictures() else open_latents(self.data_path, self.space)
+        return data.digest()
+
     def batches(self, device, in_channels):
         """The batches (x, y) on `device`, for a network with so many input channels.
 

@@ -236,6 +236,6 @@ def should_say(error):
     """Whether this process shows an error: one of a process alone is told to the others, one of all is shown once."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
-    from engine.distributed import is_main, refuse
+    from engine.distributed import is_first_of_host, refuse
 
-    return is_main() if getattr(error, "shared", False) else refuse(str(error))
+    return is_first_of_host() if getattr(error, "shared", False) else refuse(str(error))

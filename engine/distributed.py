@@ -82,6 +82,11 @@ def is_main():
     return rank() == 0
 
 
+def is_first_of_host():
+    """Whether this process is the one of its host that shows what all have found."""
+    return int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
 def barrier():
     """Wait for all processes, hours if the main process has much to do alone."""
     if dist.is_initialized():
@@ -203,11 +208,11 @@ def refuse(message):
     except (RuntimeError, ValueError):  # the others are gone
         return True
     _state["agreed"] = True
-    return is_main()
+    return is_first_of_host()
 
 
 def shared_error(error):
-    """Mark an error that all processes raise: the main one shows it for all."""
+    """Mark an error that all processes raise: one of every host shows it."""
     error.shared = True
     return error
 

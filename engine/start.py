@@ -25,7 +25,8 @@ PACKAGES = ("torch", "numpy", "timm", "diffusers")
 def print_start(settings, run, **digests):
     """Print the settings that are not plain defaults, each with its origin; with --dry-run, that all is checked.
 
-    digests: of inputs besides weights, by setting. Raises RunError on all processes if they were started differently.
+    digests: of inputs besides weights, and what else has to be the same, by name. Raises RunError on all processes if
+    they were started differently.
     """
     weights = {name: each.digest for name, each in settings.weights.items()}
     agree({**describe_for_others(settings, run), **weights, **digests})
@@ -59,7 +60,8 @@ def describe_for_others(settings, run):
     """{what: value} of what has to be the same in all processes."""
     own = {name: value for name, value in settings.values.items() if name not in OF_THE_HOST}
     versions = {name: find_version(name) for name in PACKAGES}
-    return {**own, "device": run.device.type, "precision": run.precision, "code": digest_code(), **versions}
+    code = {"script": os.path.basename(sys.argv[0]), "code": digest_code()}
+    return {**code, **own, "device": run.device.type, "precision": run.precision, **versions}
 
 
 def digest_code():

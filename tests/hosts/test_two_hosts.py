@@ -147,8 +147,8 @@ def test_folder_is_not_shared(network, teacher, pictures, copies, tmp_path, name
     print(f"{name}: {seconds:.1f} s")
     assert all(status for _, status in shown)
     errors = [line for text, _ in shown for line in text.splitlines() if ".py: error: " in line]
-    assert len(errors) == 1, errors
-    assert "process 1 does not see what the main process writes there" in errors[0]
+    assert len(errors) == 2, errors  # one on each host
+    assert all("process 1 does not see what the main process writes there" in error for error in errors)
     assert seconds < SECONDS
 
 
