@@ -123,9 +123,10 @@ def remove_partial_files(folder):
 
 
 def digest_file(path):
-    """A short digest that two files of different contents do not share, quickly: of large files, of parts.
+    """A short digest of a file; of a large one, for speed, of its size and of 64 parts spread over it.
 
-    Those parts hold the checksums of all tensors in a file of torch.save.
+    The last part of a file of torch.save holds the checksums of all tensors. In a large .safetensors file, which has
+    none, a change between those parts is not seen.
     """
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
