@@ -32,7 +32,8 @@ def main(settings):
     from engine.vae import LatentSpace
 
     run = Run(settings.device, settings.precision, settings.global_seed, one_thread=True)
-    pictures = list_images(settings.data_path, settings.num_classes)
+    pictures = list_images(settings.data_path)
+    pictures.check_classes(settings.data_path, settings.num_classes)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     check_folder("--features-path", settings.features_path)
     codec = space.load_codec(run.device, channels_last=run.precision != "fp32")

@@ -1,6 +1,8 @@
 """A few batches of latents to measure a network on: from encoded latents, or from pictures encoded on the fly."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch
 from engine.data import network_channels, open_latents
 from engine.errors import InputError, flag_errors
 from engine.file_settings import read_latents
-from engine.images import list_images, load_image
+from engine.images import PictureList, list_images, load_image
 from engine.vae import LatentSpace
 
 
@@ -28,10 +30,17 @@ class Calibration:
         """Number of batches."""
         return self.nsamples // self.batch_size
 
+    @cached_property
+    def data(self):
+        """The engine.images.PictureList or the LatentDataset in the folder. Raises InputError if there is neither."""
+        if not read_latents(self.data_path):
+            with suppress(InputError):
+                return list_images(self.data_path)
+        return open_latents(self.data_path, self.space)
+
     def digest(self):
         """A short digest of the data, encoded or not."""
-        data = list_images(self.data_path) if self._holds_pictures() else open_latents(self.data_path, self.space)
-        return data.digest()
+        return self.data.digest()
 
     def batches(self, device, in_channels):
         """The batches (x, y) on `device`, for a network with so many input channels.
@@ -40,25 +49,17 @@ class Calibration:
         """
         rng = np.random.default_rng(self.seed)
         n = self.count * self.batch_size
-        read_encoded = self._open_pictures if self._holds_pictures() else self._open_latents
-        total, read = read_encoded(device, in_channels)
+        open_data = self._open_pictures if isinstance(self.data, PictureList) else self._open_latents
+        total, read = open_data(device, in_channels)
         if total < n:
             raise InputError(f"--nsamples {self.nsamples}: --data-path {self.data_path} has {total} images; take fewer")
         order = rng.permutation(total)[:n].reshape(-1, self.batch_size)
         mirrored = rng.random(order.shape) < self.mirror
         return ([tensor.to(device) for tensor in read(*row)] for row in zip(order, mirrored, strict=True))
 
-    def _holds_pictures(self):
-        if read_latents(self.data_path):
-            return False
-        try:
-            return bool(list_images(self.data_path))
-        except InputError:
-            return False
-
     def _open_latents(self, device, in_channels):
         """(number of images, (images, mirrored) -> latents and labels)."""
-        dataset = open_latents(self.data_path, self.space)
+        dataset = self.data
         channels = network_channels(dataset, self.space)
         if channels != in_channels:
             raise InputError(
@@ -69,7 +70,8 @@ class Calibration:
     def _open_pictures(self, device, in_channels):
         """The same, encoding pictures."""
         space, size = self.space, self.space.image_size
-        paths, labels, _ = list_images(self.data_path, space.num_classes)
+        self.data.check_classes(self.data_path, space.num_classes)
+        paths, labels, _ = self.data
         codec = space.load_codec(device)
 
         def read(images, mirrored):

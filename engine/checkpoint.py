@@ -269,8 +269,12 @@ def save_state(path, state, **facts):
 
 def read_state(path, flag="--resume"):
     """A training state of a run folder, whole and unchanged; raises InputError for any other file."""
+    return check_state(read_file(path, flag), path, flag)
+
+
+def check_state(state, path, flag="--resume"):
+    """The training state read from a file; raises InputError if it is none, or has changed since it was written."""
     check_intact(path, flag)
-    state = read_file(path, flag)
     if not isinstance(state, dict) or type(state.get("train_steps")) is not int or state["train_steps"] < 0:
         raise InputError(f"{flag} {path}: not a training state; take a file of a run folder's checkpoints")
     return state

@@ -1,7 +1,7 @@
 """Latents on disk: one memory-mapped array written by index, read by whole batches in an order fixed by the seed."""
 
 import hashlib
-import json
+import io
 import math
 import os
 from collections import deque
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.distributed import world_size
 from engine.errors import InputError, one_line
-from engine.files import write_atomically, write_json
+from engine.files import load_json, parse_array_header, write_atomically, write_json
 from engine.images import keep_batch
 
 PENDING, DONE, CORRUPT = 0, 1, 2
@@ -34,7 +34,7 @@ class LatentStore:
 
     def __init__(self, folder, mode="r"):
         self.folder = Path(folder)
-        self.metadata = read_metadata(self.folder / "metadata.json")
+        self.metadata = load_json(self.folder / "metadata.json")
         self.shape = tuple(self.metadata["shape"])
         if len(self.shape) != 3 or not all(type(size) is int and size > 0 for size in self.shape):
             raise ValueError(f"metadata.json has shape {self.metadata['shape']}; expected three sizes")
@@ -72,13 +72,6 @@ class LatentStore:
         return cls(folder, "r+")
 
 
-def read_metadata(path):
-    """What metadata.json holds. Raises ValueError or OSError if it cannot be read."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing, or not a file")
-    return json.loads(Path(path).read_text())
-
-
 def allocate_array(path, shape, dtype):
     """Write an .npy file of zeros whose disk space is taken."""
     np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
@@ -102,21 +95,21 @@ def read_header(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing, or not a file")
     with open(path, "rb") as file:
-        is_first = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-        try:
-            shape, _, dtype = read(file)
-        except Exception as error:  # it may be any: numpy parses the header as Python
-            raise ValueError(f"{Path(path).name} has a damaged header ({one_line(error):.100})") from None
-        return shape, dtype, file.tell()
+        _, shape, _, dtype, start = parse_array_header(file, Path(path).name)
+    return shape, dtype, start
 
 
 def check_length(path):
     """Raise ValueError unless an .npy file is as long as its header says; numpy would fill up a shorter one."""
     shape, dtype, start = read_header(path)
-    expected, found = start + math.prod(shape) * dtype.itemsize, os.path.getsize(path)
+    compare_length(os.path.getsize(path), shape, dtype, start, Path(path).name)
+
+
+def compare_length(found, shape, dtype, start, name):
+    """Raise ValueError unless an .npy file of `found` bytes is as long as its header says."""
+    expected = start + math.prod(shape) * dtype.itemsize
     if found != expected:
-        raise ValueError(f"{Path(path).name} has {found:,} bytes, expected {expected:,}")
+        raise ValueError(f"{name} has {found:,} bytes, expected {expected:,}")
 
 
 class LatentDataset(Dataset):
@@ -223,8 +216,10 @@ class PublishedLatents:
 
 def read_label(path):
     """The label in a file of the original's layout. Raises ValueError unless it is one whole number."""
-    check_length(path)
-    found = np.load(path).reshape(-1)
+    data = Path(path).read_bytes()  # once: there are a million of these
+    _, shape, _, dtype, start = parse_array_header(io.BytesIO(data), path)
+    compare_length(len(data), shape, dtype, start, path)
+    found = np.frombuffer(data, dtype, offset=start)
     if len(found) != 1 or found.dtype.kind not in "iuf" or int(found[0]) != found[0]:
         raise ValueError(f"{path} holds {found.dtype} {found.shape}; expected one whole number")
     return int(found[0])

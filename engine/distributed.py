@@ -5,6 +5,7 @@ Small things such as refusals, decisions and signals go over gloo also where ten
 
 import os
 import re
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -15,10 +16,8 @@ from engine.errors import InputError, RunError
 TIMEOUT = timedelta(minutes=10)  # until all processes are there, and for every exchange between them
 MAIN_TIMEOUT = timedelta(hours=4)  # while the main process packs or evaluates 50,000 pictures
 
-_state = {
-    "agreed": False,
-    "patient": None,
-}  # whether refusals were exchanged; the group that waits for the main process
+# Whether refusals were exchanged, and the group that waits for the main process.
+_state = {"agreed": False, "patient": None}
 
 
 def start_processes(device="auto"):
@@ -136,46 +135,41 @@ def broadcast(value):
     """
     if not dist.is_initialized():
         return value
-    shapes = []
-    skeleton = [_replace_tensors(value, shapes) if is_main() else None]
-    dist.broadcast_object_list(skeleton, src=0)
-    return _receive_tensors(skeleton[0], iter(shapes))
+    own = []
 
+    def describe(leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        own.append(leaf)
+        return _Shape(tuple(leaf.shape), leaf.dtype)
 
-def _replace_tensors(value, found):
-    """The value with (shape, dtype) in place of tensors, which are appended to `found`."""
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-        return _Shape(tuple(value.shape), value.dtype)
-    if isinstance(value, dict):
-        return {key: _replace_tensors(inner, found) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_replace_tensors(inner, found) for inner in value)
-    return value
-
-
-class _Shape(tuple):
-    """Where a tensor belongs: (shape, dtype)."""
-
-    def __new__(cls, shape, dtype):
-        return super().__new__(cls, (shape, dtype))
-
-    def __getnewargs__(self):
-        return tuple(self)
-
-
-def _receive_tensors(value, own):
-    """The skeleton with the main process's tensors, whose own ones are `own`."""
-    if isinstance(value, _Shape):
-        shape, dtype = value
-        tensor = next(own).contiguous() if is_main() else torch.empty(shape, dtype=dtype)
+    def receive(leaf):
+        if not isinstance(leaf, _Shape):
+            return leaf
+        tensor = own.pop(0).contiguous() if is_main() else torch.empty(leaf.shape, dtype=leaf.dtype)
         dist.broadcast(tensor, src=0)
         return tensor
+
+    skeleton = [_map_leaves(describe, value) if is_main() else None]
+    dist.broadcast_object_list(skeleton, src=0)
+    return _map_leaves(receive, skeleton[0])
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Where a tensor belongs."""
+
+    shape: tuple
+    dtype: torch.dtype
+
+
+def _map_leaves(change, value):
+    """Nested dicts, lists and tuples with change(leaf) for everything else in them, in their order."""
     if isinstance(value, dict):
-        return {key: _receive_tensors(inner, own) for key, inner in value.items()}
+        return {key: _map_leaves(change, inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_receive_tensors(inner, own) for inner in value)
-    return value
+        return type(value)(_map_leaves(change, inner) for inner in value)
+    return change(value)
 
 
 def agree(about):
@@ -200,7 +194,7 @@ def agree(about):
 
 def refuse(message):
     """Tell the other processes, which wait in `agree`, that this one does not start; returns whether to say it here."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _state["agreed"]:
+    if world_size() == 1 or _state["agreed"]:
         return True
     try:
         join_group()

@@ -5,7 +5,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-INPUTS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".safetensors", ".bin")
+from engine import PICTURE_SUFFIXES
+
+INPUTS = (*PICTURE_SUFFIXES, ".npy", ".npz", ".safetensors", ".bin")  # ends of names of files in folders that are read
 LONGEST_NAME = 180  # of a file: disks take 255 bytes, and a temporary name is longer
 
 
@@ -97,14 +99,20 @@ def show_path(path):
     return str(path).encode(errors="backslashreplace").decode()
 
 
+def nearest_folder(path):
+    """The path, or the nearest of its parents, that is there."""
+    nearest = Path(path).absolute()
+    while not nearest.exists() and not nearest.is_symlink() and nearest != nearest.parent:
+        nearest = nearest.parent
+    return nearest
+
+
 def check_folder(flag, path):
     """Raise InputError unless the folder `path` exists or can be made, and can be written to."""
     if not str(path):
         raise InputError(f"{flag}: is empty; name a folder")
     with path_errors(flag, path):
-        nearest = Path(path).absolute()
-        while not nearest.exists() and not nearest.is_symlink() and nearest != nearest.parent:
-            nearest = nearest.parent
+        nearest = nearest_folder(path)
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass

@@ -9,9 +9,9 @@ from tqdm import tqdm
 from engine.data import CORRUPT, DONE, MAKE_AGAIN, PENDING, STORE_ERRORS, LatentStore, read_header, write_array
 from engine.distributed import barrier, on_main
 from engine.errors import InputError, RunError, one_line
-from engine.files import remove_partial_files, write_errors
+from engine.files import write_errors
 from engine.images import from_uint8, picture_loader
-from engine.lock import FolderLock, check_shared
+from engine.lock import check_shared, take_folder
 from engine.sampling import ImageDraws
 from engine.vae import encode_pictures
 
@@ -45,10 +45,7 @@ class Extraction:
 
     def _prepare(self, metadata):
         """Take the folder, make or check the store, and join what earlier processes have left."""
-        with write_errors(self.folder):
-            os.makedirs(self.folder, exist_ok=True)
-            self.lock = FolderLock(self.folder, "--features-path")
-            remove_partial_files(self.folder)
+        self.lock = take_folder(self.folder, "--features-path")
         try:
             self._make_or_check(metadata)
         except BaseException:
@@ -122,8 +119,9 @@ class Extraction:
         draws = ImageDraws(self.run.seed, numbers, self.codec.noise_shape(self.space.image_size), self.run.device)
         pictures = from_uint8(torch.from_numpy(pixels).to(self.run.device))
         latents = encode_pictures(self.codec, self.run, pictures, draws).cpu().numpy()
-        if not np.isfinite(latents).all():
-            bad = self.pictures.paths[numbers[int(np.argmin(np.isfinite(latents).all(axis=(1, 2, 3, 4))))]]
+        are_finite = np.isfinite(latents).all(axis=(1, 2, 3, 4))
+        if not are_finite.all():
+            bad = self.pictures.paths[numbers[int(are_finite.argmin())]]
             raise RunError(f"the latents of {bad} are not finite; see --vae, or take --precision fp32")
         return latents
 

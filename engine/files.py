@@ -9,17 +9,19 @@ import os
 import socket
 import time
 import urllib.request
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from engine.errors import InputError, RunError
+from engine import PICTURE_SUFFIXES
+from engine.errors import RunError, flag_errors, one_line
 
 TIMEOUT = 60  # seconds without an answer of a server
 STARTED = time.time()
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def write_atomically(path, write, durable=True):
@@ -156,17 +158,39 @@ def write_json(path, values):
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
-def read_json(flag, path):
-    """The JSON object in a file. Raises InputError, naming `flag`, for a file that holds none."""
+def load_json(path):
+    """The JSON object in a file. Raises ValueError, naming it, for a file that holds none."""
     try:
         if not os.path.isfile(path):
             raise OSError("not a regular file")
         value = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path}: cannot be read as JSON ({error}); mend it or remove it") from None
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); mend it or remove it") from None
     if not isinstance(value, dict):
-        raise InputError(f"{flag} {path}: expected a JSON object; mend it or remove it")
+        raise ValueError(f"{path}: expected a JSON object; mend it or remove it")
     return value
+
+
+def read_json(flag, path):
+    """The same, but raises InputError, naming `flag`."""
+    with flag_errors(flag, path):
+        return load_json(path)
+
+
+def parse_array_header(file, name):
+    """(version, shape, whether in Fortran's order, dtype, where the data begin) of an open .npy file.
+
+    Raises ValueError, with the `name`, for another file or a damaged one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        version = np.lib.format.read_magic(file)
+        is_first = version == (1, 0)  # later versions differ in the characters that names of fields may have
+        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        try:
+            return version, *read(file), file.tell()
+        except Exception as error:  # it may be any: numpy parses the header as Python
+            raise ValueError(f"the header of {name} is damaged ({one_line(error):.200})") from None
 
 
 def download(url, target, check=lambda path: None):

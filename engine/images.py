@@ -24,6 +24,11 @@ class PictureList(NamedTuple):
     labels: list
     classes: list
 
+    def check_classes(self, folder, num_classes):
+        """Raise InputError if --data-path, the folder of these, has more subfolders than `num_classes`."""
+        if len(self.classes) > num_classes:
+            raise InputError(f"--num-classes {num_classes}: --data-path {folder} has {len(self.classes)} classes")
+
     def digest(self):
         """A short digest of the pictures' names and labels and of the sizes of 256 files; not of the folder's name."""
         if not self.paths:
@@ -35,10 +40,10 @@ class PictureList(NamedTuple):
         return hashlib.sha256("\n".join(names + sizes).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def list_images(folder, num_classes=None):
+def list_images(folder):
     """The PictureList of --data-path, a folder with one subfolder per class, all in sorted order.
 
-    Raises InputError for a folder without pictures, or with more than `num_classes` subfolders.
+    Raises InputError for a folder without pictures.
     """
     folder = Path(folder)
     # Hidden folders, such as .cache, are no classes: one would shift the labels of all others.
@@ -52,8 +57,6 @@ def list_images(folder, num_classes=None):
     if not paths:
         expected = f"one subfolder per class with files such as {', '.join(PICTURE_SUFFIXES)}"
         raise InputError(f"--data-path {folder}: no images; expected {expected}")
-    if num_classes is not None and len(classes) > num_classes:
-        raise InputError(f"--num-classes {num_classes}: --data-path {folder} has {len(classes)} classes")
     return PictureList(paths, labels, classes)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.distributed import gather, on_main, shared_error
 from engine.errors import InputError, RunError
-from engine.files import write_errors
+from engine.files import remove_partial_files, write_errors
 
 NAME = ".lock"
 HELD = set()  # open files of the locks that this process holds
@@ -70,6 +70,15 @@ class FolderLock:
             HELD.discard(self.file)
             self.file.close()
             self.file = None
+
+
+def take_folder(folder, flag):
+    """Make a folder, lock it, and remove what killed processes have left half written in it; returns the FolderLock."""
+    with write_errors(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder, flag)
+        remove_partial_files(folder)
+    return lock
 
 
 def read_owner(text):

@@ -8,10 +8,10 @@ import secrets
 import sys
 from pathlib import Path
 
-from engine.checkpoint import read_file, read_state, save_state
+from engine.checkpoint import check_state, read_file, read_state, save_state
 from engine.errors import InputError, check_folder
 from engine.files import plain, read_json, remove_partial_files, write_atomically, write_errors, write_json
-from engine.lock import FolderLock
+from engine.lock import take_folder
 from engine.settings import TYPED
 
 # Settings that may change when the same command resumes a run: they do not change its numbers.
@@ -71,8 +71,7 @@ class RunFolder:
                     remarks.append(f"passed over: {path} is of another branch of this run")
                     continue
                 if self.continued is None:
-                    self.state = read_state(path)
-                    self.continued = path
+                    self.continued, self.state = path, check_state(state, path)
                 self.own.append(path)
             except InputError as error:
                 remarks.append(f"passed over: {error}")
@@ -101,11 +100,10 @@ class RunFolder:
 
     def open(self):
         """Make the folder, take it and start the log."""
+        self.lock = take_folder(self.path, "--results-dir")
         with write_errors(self.path):
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.lock = FolderLock(self.path, "--results-dir")
-            for folder in (self.path, self.path / "checkpoints"):
-                remove_partial_files(folder)
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+            remove_partial_files(self.path / "checkpoints")
             self.logger = open_log(self.path / "log.txt")
 
     def close(self):

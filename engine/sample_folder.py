@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from engine.errors import InputError, flag_errors
-from engine.files import plain, read_json, remove_partial_files, write_errors, write_json
+from engine.files import plain, read_json, write_errors, write_json
 from engine.images import is_intact, pack_npz
-from engine.lock import FolderLock
+from engine.lock import take_folder
 from engine.sampling import ImageDraws
 
 
@@ -33,10 +33,8 @@ class SampleFolder:
                 f"--sample-dir {self.parent}: {self.path} holds images, but no sampling.json that says how they were "
                 "made; delete that folder or take another --sample-dir"
             )
+        self.lock = take_folder(self.path, "--sample-dir")
         with write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = FolderLock(self.path, "--sample-dir")
-            remove_partial_files(self.path)
             for partial in self.path.parent.glob(f".{self.path.name}.npz.*.part"):
                 partial.unlink(missing_ok=True)
         write_json(record, self.settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.data import TrainingData, open_latents
 from engine.distributed import agree, on_main
-from engine.errors import InputError
+from engine.errors import InputError, nearest_folder
 from engine.optim import share_of_start
 from engine.run_folder import RunFolder, run_path
 from engine.vae import LatentSpace
@@ -75,10 +75,7 @@ def digest_code():
 
 def check_room(path, size):
     """Raise InputError unless the disk of a folder to be has room for `size` bytes."""
-    nearest = Path(path).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(nearest_folder(path)).free
     if free < size:
         raise InputError(
             f"--results-dir {path}: a training state takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; make "
@@ -167,7 +164,13 @@ def start_training(settings, run, data, networks, sketch, facts):
         remarks = folder.prepare()
         if folder.state:
             sketch.check(folder.state, folder.continued)
-        if not folder.state or folder.state["train_steps"] < data.total_steps:
+        done = folder.state["train_steps"] if folder.state else 0
+        if done > data.total_steps:
+            raise InputError(
+                f"--resume {folder.continued}: is of step {done}, but --epochs ends at {data.total_steps}; take "
+                "another file"
+            )
+        if done < data.total_steps:
             check_room(path, sketch.count_bytes())
         return remarks
 

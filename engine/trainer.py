@@ -187,13 +187,6 @@ class Trainer:
             ) from None
         for group, options in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(options)  # rates and the like are those of the command line, not of the state
-        if state["train_steps"] > meter.data.total_steps:
-            raise shared_error(
-                InputError(
-                    f"--resume {folder.continued}: is of step {state['train_steps']}, but --epochs ends at "
-                    f"{meter.data.total_steps}; take another file"
-                )
-            )
         self.steps = state["train_steps"]
         folder.log(f"resumed from {folder.continued} at step {self.steps}")
         if state.get("world", self.run.world) != self.run.world:

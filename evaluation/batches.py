@@ -6,8 +6,6 @@ import io
 import math
 import os
 import re
-import tokenize
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.files import PICTURE_SUFFIXES
+from engine.files import PICTURE_SUFFIXES, parse_array_header
 
 OPAQUE = {"RGB", "L", "P", "1", "CMYK", "YCbCr"}  # modes that turn into RGB without a choice
 ZIP = "not an .npz file (a zip archive)"
@@ -222,15 +220,8 @@ def _read_header(archive, name):
         raise ValueError(f"{name} is compressed in a way that numpy does not use")
     if info.file_size > DEFLATE_LIMIT * os.path.getsize(archive.filename):
         raise ValueError(f"{name} is truncated: the file is too small for its {info.file_size:,} bytes")
-    with archive.open(name) as member, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
-        version = np.lib.format.read_magic(member)
-        one = version == (1, 0)  # later versions differ in the characters that names of fields may have
-        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-        try:
-            return version, *read(member), member.tell()
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
-            raise ValueError(f"the header of {name} is damaged ({str(error)[:200]})") from None
+    with archive.open(name) as member:
+        return parse_array_header(member, name)
 
 
 def _read_array(archive, name):
