@@ -262,9 +262,9 @@ def save_weights(path, state, **facts):
 
 
 def save_state(path, state, **facts):
-    """Write a training state (tensors and plain values) and, beside it, facts about its weights."""
-    write_json(facts_path(path), facts)
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    """Write a training state (tensors and plain values) and, beside it, facts about its weights, to a folder there."""
+    write_json(facts_path(path), facts, make_folder=False)
+    write_atomically(path, lambda temporary: torch.save(state, temporary), make_folder=False)
 
 
 def read_state(path, flag="--resume"):

@@ -64,30 +64,35 @@ class LatentStore:
         folder = Path(folder)
         n, target = len(labels), folder / "metadata.json"
         if not os.path.lexists(target):
+            folder.mkdir(parents=True, exist_ok=True)
             shape = (n, 2, *metadata["shape"])
-            write_atomically(folder / "features.npy", lambda path: allocate_array(path, shape, np.float32))
-            write_atomically(folder / "status.npy", lambda path: allocate_array(path, (n,), np.uint8))
+            allocate_array(folder / "features.npy", shape, np.float32)
+            allocate_array(folder / "status.npy", (n,), np.uint8)
             write_array(folder / "labels.npy", np.asarray(labels, np.int64))
-            write_json(target, metadata)
+            write_json(target, metadata, make_folder=False)
         return cls(folder, "r+")
 
 
 def allocate_array(path, shape, dtype):
-    """Write an .npy file of zeros whose disk space is taken."""
-    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-    with open(path, "r+b") as file:
-        if hasattr(os, "posix_fallocate"):  # macOS has none
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    """Write an .npy file of zeros, to a folder that is there, whose disk space is taken."""
+
+    def write(temporary):
+        np.lib.format.open_memmap(temporary, "w+", dtype, shape).flush()
+        with open(temporary, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+
+    write_atomically(path, write, make_folder=False)
 
 
 def write_array(path, array):
-    """Write an .npy file whole or not at all."""
+    """Write an .npy file, to a folder that is there, whole or not at all."""
 
     def write(temporary):
         with open(temporary, "wb") as file:
             np.save(file, array)
 
-    write_atomically(path, write)
+    write_atomically(path, write, make_folder=False)
 
 
 def read_header(path):
@@ -210,8 +215,12 @@ class PublishedLatents:
     def read(self, images, versions, out):
         """Write the latents of these images, in these versions, to `out` (N, C, h, w)."""
         for row, image, version in zip(out, images, versions, strict=True):
-            pair = map_published(self.files[self.names[image]])
-            row[:] = pair[min(version, len(pair) - 1)]
+            path = self.files[self.names[image]]
+            try:
+                pair = map_published(path)
+                row[:] = pair[min(version, len(pair) - 1)]
+            except STORE_ERRORS as error:  # only some files were looked at when the folder was opened
+                raise InputError(f"--data-path {path}: damaged latents ({one_line(error)}); {MAKE_AGAIN}") from None
 
 
 def read_label(path):
@@ -227,10 +236,11 @@ def read_label(path):
 
 def map_published(path):
     """The latents (1 or 2, C, h, w) in a file of the original's layout; raises ValueError for another array."""
-    pair = np.load(path, mmap_mode="r")
-    if pair.ndim != 4 or not len(pair) or pair.dtype.kind != "f":
-        raise ValueError(f"{path} holds {pair.dtype} {pair.shape}; expected floating-point (2, C, h, w)")
-    return pair
+    with open(path, "rb") as file:
+        _, shape, is_fortran, dtype, start = parse_array_header(file, path)
+    if len(shape) != 4 or not shape[0] or dtype.kind != "f":
+        raise ValueError(f"{path} holds {dtype} {shape}; expected floating-point (2, C, h, w)")
+    return np.memmap(path, dtype, "r", start, shape, "F" if is_fortran else "C")
 
 
 def list_arrays(folder):

@@ -54,7 +54,8 @@ class Extraction:
 
     def _make_or_check(self, metadata):
         if not os.path.lexists(os.path.join(self.folder, "metadata.json")):
-            LatentStore.create(self.folder, self.pictures.labels, metadata)
+            with write_errors(self.folder):
+                LatentStore.create(self.folder, self.pictures.labels, metadata)
         store = self._open()
         found = {"precision": "fp32", **store.metadata}  # the only one there was before it was recorded
         different = [name for name, value in metadata.items() if found.get(name) != value]
@@ -73,16 +74,17 @@ class Extraction:
 
     def _join_status(self, store):
         """Bring the marks of all processes into status.npy."""
-        parts = sorted(store.folder.glob("status-*.npy"))
-        if not parts:
-            return
-        status = np.array(store.status)
-        for part in parts:
-            numbers, marks = np.load(part)
-            status[numbers] = marks
-        write_array(store.folder / "status.npy", status)
-        for part in parts:
-            part.unlink()
+        with write_errors(store.folder):
+            parts = sorted(store.folder.glob("status-*.npy"))
+            if not parts:
+                return
+            status = np.array(store.status)
+            for part in parts:
+                numbers, marks = read_marks(part, len(status))
+                status[numbers] = marks
+            write_array(store.folder / "status.npy", status)
+            for part in parts:
+                part.unlink()
 
     def encode(self, size, workers):
         """Encode what is missing, in batches of `size` pictures, each process a range; returns the numbers left out.
@@ -131,6 +133,21 @@ class Extraction:
             self.lock.release()
 
 
+def read_marks(path, n):
+    """Numbers of pictures, of n, and what became of each, both (k,), out of a status-*.npy file."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if found.ndim != 2 or len(found) != 2 or found.dtype.kind != "i":
+            raise ValueError(f"it holds {found.dtype} {found.shape}")
+        if not set(found[0].tolist()) <= set(range(n)) or not set(found[1].tolist()) <= {DONE, CORRUPT}:
+            raise ValueError("numbers or marks are out of range")
+    except STORE_ERRORS as error:
+        raise InputError(
+            f"--features-path {path}: damaged ({one_line(error)}); remove that file, and its pictures are encoded again"
+        ) from None
+    return found
+
+
 class ShardWriter:
     """Writes rows of features.npy at their places, and marks them as done once they are on the disk.
 
@@ -142,7 +159,8 @@ class ShardWriter:
         self.path = store.folder / "features.npy"
         shape, dtype, self.start = read_header(self.path)
         self.row = dtype.itemsize * int(np.prod(shape[1:]))
-        self.file = os.open(self.path, os.O_WRONLY)
+        with write_errors(self.path):
+            self.file = os.open(self.path, os.O_WRONLY)
         self.numbers, self.marks, self.count = [], [], 0
 
     def write(self, batch, good, latents):

@@ -24,16 +24,18 @@ TIMEOUT = 60  # seconds without an answer of a server
 STARTED = time.time()
 
 
-def write_atomically(path, write, durable=True):
+def write_atomically(path, write, durable=True, make_folder=True):
     """Call write(temporary path), then rename: nobody ever sees half a file, also not after a power cut if `durable`.
 
+    make_folder: False for a folder that was there at the start: one that was removed since is not silently made again.
     Raises RunError, with the reason and what to do, if the file cannot be written; what was there before stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()[:30]}.{os.getpid()}.part")
     try:
         with write_errors(path, temporary):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if make_folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
             if durable:
                 remove_dead_partial_files(path)
             write(temporary)
@@ -152,10 +154,10 @@ def plain(value):
     return value if isinstance(value, int | float | bool | str | None) else str(value)
 
 
-def write_json(path, values):
-    """Write `values` as valid JSON, see `plain`."""
+def write_json(path, values, make_folder=True):
+    """Write `values` as valid JSON, see `plain`; make_folder as for `write_atomically`."""
     text = json.dumps(plain(values), indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"), make_folder=make_folder)
 
 
 def load_json(path):

@@ -147,10 +147,16 @@ def to_uint8(images):
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_image(path, pixels):
-    """Write one (H, W, 3) uint8 array; nobody sees half a file."""
-    # Not durable: a power cut may leave a picture without its bytes, which is then found and made again.
-    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), durable=False)
+def save_image(path, pixels, of_many=False):
+    """Write one (H, W, 3) uint8 array as PNG; nobody sees half a file.
+
+    of_many: one of the pictures in a sample folder. These are not brought to the disk one by one: a power cut may leave
+    some without their bytes, which are then found and made again.
+    """
+    alone = not of_many
+    write_atomically(
+        path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), durable=alone, make_folder=alone
+    )
 
 
 def is_intact(path, size):

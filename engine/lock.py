@@ -49,10 +49,12 @@ class FolderLock:
             if self._is_still_there(file):
                 break
             file.close()  # its owner has removed it since we opened it
-        file.truncate(0)
-        about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        file.write(json.dumps(about))
-        file.flush()
+        try:
+            write_owner(file)
+        except OSError:
+            file.close()
+            self.path.unlink()
+            raise
         HELD.add(file)
         return file
 
@@ -79,6 +81,13 @@ def take_folder(folder, flag):
         lock = FolderLock(folder, flag)
         remove_partial_files(folder)
     return lock
+
+
+def write_owner(file):
+    """Say in the open file of a lock that this process holds it."""
+    about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    file.truncate(0)
+    os.write(file.fileno(), json.dumps(about).encode())
 
 
 def read_owner(text):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from engine.checkpoint import check_state, read_file, read_state, save_state
-from engine.errors import InputError, check_folder
+from engine.errors import InputError, RunError, check_folder
 from engine.files import plain, read_json, remove_partial_files, write_atomically, write_errors, write_json
 from engine.lock import take_folder
 from engine.settings import TYPED
@@ -101,10 +101,14 @@ class RunFolder:
     def open(self):
         """Make the folder, take it and start the log."""
         self.lock = take_folder(self.path, "--results-dir")
-        with write_errors(self.path):
-            (self.path / "checkpoints").mkdir(exist_ok=True)
-            remove_partial_files(self.path / "checkpoints")
-            self.logger = open_log(self.path / "log.txt")
+        try:
+            with write_errors(self.path):
+                (self.path / "checkpoints").mkdir(exist_ok=True)
+                remove_partial_files(self.path / "checkpoints")
+                self.logger = open_log(self.path / "log.txt")
+        except RunError:
+            self.close()
+            raise
 
     def close(self):
         """Give the folder free."""
@@ -113,7 +117,7 @@ class RunFolder:
 
     def write_config(self):
         """Write config.json, when the run is sure to go on: a failed start must not change what the folder is of."""
-        write_json(self.path / "config.json", self.about)
+        write_json(self.path / "config.json", self.about, make_folder=False)
 
     def log(self, text):
         """Write a line to the screen and to log.txt, from the main process."""
@@ -150,7 +154,8 @@ class RunFolder:
             lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if is_row_until(line, step)]
             if kept != lines:
-                write_atomically(path, lambda temporary: temporary.write_text("".join(row + "\n" for row in kept)))
+                text = "".join(row + "\n" for row in kept)
+                write_atomically(path, lambda temporary: temporary.write_text(text), make_folder=False)
 
 
 def read_record(path):

@@ -37,7 +37,7 @@ class SampleFolder:
         with write_errors(self.path):
             for partial in self.path.parent.glob(f".{self.path.name}.npz.*.part"):
                 partial.unlink(missing_ok=True)
-        write_json(record, self.settings)
+        write_json(record, self.settings, make_folder=False)
 
     def _compare(self, old):
         """Raise InputError if the record of the pictures says something else; what it leaves out is not compared."""

@@ -5,22 +5,28 @@ Real ones, on a small file system in memory that only a forked process sees; ski
 
 import contextlib
 import ctypes
+import functools
 import io
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 from disturbed import check_same, contents, extraction_words, sampling_words, training_words
 
 from engine.cli import run_script as run_as_launched
 
+MAKER = Path(__file__).parents[1] / "golden/make_tiny_inception_graph.py"
 NEW_MOUNTS = 0x20000
-FULL = "No space left on device"
+FULL = "No space left on device|make room"
+ENDED = "ended"
 
 
 def mount_memory(folder):
@@ -67,43 +73,71 @@ def repair(folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-GONE = "No such file or directory|is missing, or not a file|not a regular file"
-FAULTS = {  # name -> (what is done to the disk, what the message says, as a pattern)
-    "no byte": (fill, FULL),
-    "in the middle": (lambda folder: fill(folder, 1 << 20), FULL),
-    "no name": (use_all_names, FULL),
-    "read-only": (make_read_only, "Read-only file system"),
-    "removed": (remove_all, GONE),
+def leave_half(folder, size):
+    fill(folder, size // 2)
+
+
+def leave_all_but_the_end(folder, size):
+    fill(folder, max(size - PAGE, 0))
+
+
+PAGE = 4096
+GONE = "No such file or directory|is missing, or not a file|not a regular file|folder is gone"
+FAULTS = {  # name -> (what is done to the disk before a file of so many bytes, what the message says, as a pattern)
+    "no byte": (lambda folder, size: fill(folder), FULL),
+    "half of the file": (leave_half, FULL),
+    "all but the end": (leave_all_but_the_end, FULL),
+    "no name": (lambda folder, size: use_all_names(folder), FULL),
+    "read-only": (lambda folder, size: make_read_only(folder), "Read-only file system"),
+    "removed": (lambda folder, size: remove_all(folder), GONE),
 }
-# Where the fault happens: the class or module, its function, and the call of it.
-HOOKS = {
-    "train": ("engine.trainer", "Trainer.train_step", 5),
-    "prune_by_learning": ("engine.trainer", "Trainer.train_step", 5),
-    "train_masked_kd": ("engine.trainer", "Trainer.train_step", 5),
-    "extract_features": ("engine.extraction", "ShardWriter.write", 6),
-    "sample_ddp": ("engine.sampling", "PictureSampler.sample", 3),
-    "sample": ("engine.sampling", "PictureSampler.sample", 1),
-    "prune_by_index": ("engine.pruned", "describe_shapes", 1),
-    "prune_by_score": ("engine.pruned", "describe_shapes", 1),
-}
+SMALL = {"half of the file", "all but the end"}  # the same as "no byte" for files of one page
 
 
-def call_at(hook, action):
-    """Call action() before the n-th call of a function."""
-    module, name, count = hook
-    holder = sys.modules.get(module) or __import__(module, fromlist=["x"])
-    *classes, name = name.split(".")
-    for each in classes:
-        holder = getattr(holder, each)
-    whole, left = getattr(holder, name), [count]
+EVENTS = ("open", "os.mkdir", "os.scandir", "os.rename")
 
-    def hooked(*args, **kwargs):
-        left[0] -= 1
-        if not left[0]:
-            action()
-        return whole(*args, **kwargs)
 
-    setattr(holder, name, hooked)
+class Writes:
+    """Watches what this process writes in a folder, and calls action(size) before write number `at`, from 0.
+
+    A write is a file opened for writing, a folder made or read, or a rename. write_atomically begins by making or
+    reading its folder. The sizes of what it wrote are known at the rename; so they are taken from a run before.
+    """
+
+    def __init__(self, folder, at=None, action=None):
+        self.folder, self.at, self.action = os.fspath(folder), at, action
+        self.found = []  # (event, path, bytes) of every write
+        self.is_acting = False
+        sys.addaudithook(self.watch)  # which cannot be taken back: only for a process that ends afterwards
+
+    def watch(self, event, args):
+        if self.is_acting or event not in EVENTS or not is_inside(args[0], self.folder):
+            return
+        if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        size = 0
+        if event == "os.rename":
+            self.is_acting = True
+            size = os.path.getsize(args[0])
+            self.is_acting = False
+        self.found.append((event, os.fspath(args[0]), size))
+        if len(self.found) - 1 == self.at:
+            self.is_acting = True
+            self.action()
+            self.is_acting = False
+
+
+def is_inside(path, folder):
+    return isinstance(path, str | os.PathLike) and f"{os.fspath(path)}{os.sep}".startswith(folder + os.sep)
+
+
+def sizes_of(writes):
+    """The bytes that each write begins: those of the next rename, if what lies between belongs to the same file."""
+    sizes = []
+    for k in range(len(writes)):
+        ahead = [size for event, path, size in writes[k : k + 4] if event == "os.rename"]
+        sizes.append(ahead[0] if ahead else 0)
+    return sizes
 
 
 def run_words(words):
@@ -114,93 +148,144 @@ def run_words(words):
     return status, [line for line in shown.getvalue().splitlines() if ": error: " in line or "Traceback" in line]
 
 
-def judge(words, folder, fault, whole):
-    """What is wrong with the answer to a fault, or None."""
+def judge_fault(words, folder, fault, moment, size, whole):
+    """What is wrong with the answer to a fault at a moment; ENDED if that did not keep it from its end."""
     break_disk, reason = FAULTS[fault]
     before = {}
 
     def break_it():
         before.update(contents(folder))
-        break_disk(folder)
+        break_disk(folder, size)
 
-    call_at(HOOKS[words[0]], break_it)
+    Writes(folder, moment, break_it)
     status, lines = run_words(words)
+    if status == 0:  # nothing that came later needed what is missing
+        repair(folder)
+        return check_whole(folder, whole, removed=before if fault == "removed" else ()) or ENDED
     if status != 1 or len(lines) != 1 or not re.search(reason, lines[0]) or str(folder) not in lines[0]:
         return f"status {status}, {lines}"
     if fault != "removed":
         after = contents(folder)
         lost = [name for name in before if name not in after or after[name] != before[name]]
-        lost = [name for name in lost if not name.endswith(("metrics.jsonl", ".lock", "features.npy"))]
+        lost = [name for name in lost if not name.endswith(("metrics.jsonl", ".lock", "features.npy", ".part"))]
         if lost:
             return f"changed: {lost}"
-    repair(folder)
-    status, lines = run_words(words)
-    if status:
-        return f"then status {status}, {lines}"
-    check_same(contents(folder), whole)
     return None
 
 
-@pytest.fixture
-def try_fault(tmp_path, run_script):
-    """Runs a command undisturbed, then with a fault, then again; both in processes of their own."""
-    run = tmp_path / "run"
+def judge_next(words, folder, whole):
+    """What is wrong with the same command after the fault."""
+    status, lines = run_words(words)
+    return f"then status {status}, {lines}" if status else check_whole(folder, whole)
 
-    def check(words, fault):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
-            try:
-                if not mount_memory(run):
-                    answer = "skip"
-                else:
-                    status, lines = run_words(words)
-                    whole = contents(run)
-                    remove_all(run)
-                    answer = f"{status} {lines}" if status else judge(words, run, fault, whole) or ""
-            except BaseException:
-                answer = traceback.format_exc()
-            os.write(writer, answer.encode())
+
+def check_whole(folder, whole, removed=()):
+    found = contents(folder)
+    try:
+        check_same(found, {name: value for name, value in whole.items() if name in found or name not in removed})
+    except AssertionError as error:
+        return f"another end: {error}"
+    return None
+
+
+def in_a_fork(run):
+    """What run() returns, as text, in a process of its own; "" for None."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        try:
+            answer = run() or ""
+        except BaseException:
+            answer = traceback.format_exc()
+        with open(writer, "w") as file:
+            file.write(answer)
+            file.flush()
             os._exit(0)
-        os.close(writer)
-        with open(reader) as file:
-            answer = file.read()
-        os.waitpid(child, 0)
-        if answer == "skip":
-            pytest.skip("no file system can be mounted here")
-        assert not answer
-
-    return check
+    os.close(writer)
+    with open(reader) as file:
+        answer = file.read()
+    os.waitpid(child, 0)
+    return answer
 
 
-def words_of(name, teacher, latents, pictures, run):
+def try_moments(words, folder, fault, every):
+    """Run a command undisturbed, then with a fault before every so many-th of its writes, each time from the start."""
+    if not mount_memory(folder):
+        return "skip"
+
+    def record():
+        watched = Writes(folder)
+        status, lines = run_words(words)
+        return json.dumps(watched.found) if status == 0 else f"status {status}, {lines}"
+
+    answer = in_a_fork(record)
+    if not answer.startswith("["):
+        return answer
+    writes, whole = json.loads(answer), contents(folder)
+    moments = [k for k, size in enumerate(sizes_of(writes)) if size > PAGE or fault not in SMALL]
+    problems = []
+    for k in moments[every // 2 :: every]:
+        remove_all(folder)
+        size = sizes_of(writes)[k]
+        problem = in_a_fork(functools.partial(judge_fault, words, folder, fault, k, size, whole))
+        repair(folder)
+        problem = problem or in_a_fork(functools.partial(judge_next, words, folder, whole))
+        if problem and problem != ENDED:
+            problems.append(f"write {k}, {writes[k][0]} {writes[k][1]}: {problem}")
+    return "\n".join(problems)
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory):
+    """Words for the evaluator: a small Inception, and reference and samples of few pictures."""
+    folder, maker = tmp_path_factory.mktemp("evaluation"), runpy.run_path(str(MAKER))
+    (folder / "tiny.pb").write_bytes(maker["tiny_graph"](0))
+    for k, name in enumerate(("ref", "sample")):
+        np.savez(folder / f"{name}.npz", arr_0=maker["make_images"](k, 12, 40, name))
+    flags = ["--inception", folder / "tiny.pb", "--offline", "--device", "cpu"]
+    return ["evaluator", folder / "ref.npz", folder / "sample.npz", *flags]
+
+
+def words_of(name, teacher, latents, pictures, evaluation, run):
     few = ["--num-sampling-steps", "2"]
     cut = ["--ckpt", teacher.weights, "--save-model", run / "out.pt"]
     return {
         "extract_features": lambda: extraction_words(pictures, run / "features"),
         "sample_ddp": lambda: sampling_words(teacher, run / "samples"),
         "sample": lambda: ["sample", "--ckpt", teacher.student, *few, "--output", run / "one.png"],
+        "evaluator": lambda: [
+            *evaluation,
+            "--metrics",
+            "is,pr",
+            "--json",
+            run / "a.json",
+            "--cache-dir",
+            run / "cache",
+        ],
+        "evaluator, statistics": lambda: [*evaluation, "--metrics", "is", "--save-stats", run / "stats.npz"],
         "prune_by_index": lambda: ["prune_by_index", *cut, "--scheme", "bk-sdm"],
         "prune_by_score": lambda: ["prune_by_score", *cut, "--data-path", latents, "--n-pruned", 3, "--nsamples", 16],
     }.get(name, lambda: training_words(name, teacher, latents, run))()
 
 
-# A picture and a .npz fit into what is left "in the middle"; two scripts write their only file at once.
-CASES = [(name, fault) for name in HOOKS for fault in FAULTS]
-CASES = [case for case in CASES if case not in {("sample", "in the middle"), ("extract_features", "in the middle")}]
-CASES = [case for case in CASES if case != ("sample_ddp", "in the middle")]
-CASES = [(n, f) for n, f in CASES if not (f == "removed" and n in ("sample", "prune_by_index", "prune_by_score"))]
-OFTEN = {("train", fault) for fault in FAULTS} | {(name, "no byte") for name in HOOKS}
+SCRIPTS = ["train", "prune_by_learning", "train_masked_kd", "extract_features", "sample_ddp", "sample"]
+SCRIPTS += ["prune_by_index", "prune_by_score", "evaluator", "evaluator, statistics"]
 
 
-@pytest.mark.parametrize(("name", "fault"), CASES)
-def test_fault(name, fault, teacher, latents, pictures, tmp_path, try_fault, monkeypatch):
-    if (name, fault) not in OFTEN and "FAULTS" not in os.environ:
-        pytest.skip("one of many; set FAULTS")
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_fault(name, fault, teacher, latents, pictures, evaluation, tmp_path, monkeypatch):
+    """FAULTS=1 tries every write of every script; otherwise few."""
+    every = 1 if "FAULTS" in os.environ else 23
     monkeypatch.setattr("engine.extraction.SHARD", 20)
-    try_fault(words_of(name, teacher, latents, pictures, tmp_path / "run"), fault)
+    words = words_of(name, teacher, latents, pictures, evaluation, tmp_path / "run")
+    answer = in_a_fork(functools.partial(try_moments, words, tmp_path / "run", fault, every))
+    if answer == "skip":
+        pytest.skip("no file system can be mounted here")
+    assert not answer
 
 
 def test_small_shared_memory(pictures, tmp_path):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import engine.data
 from engine.data import BatchOrder, LatentDataset, LatentStore, TrainingData, open_latents
 from engine.errors import InputError
+from engine.extraction import read_marks
 from engine.images import center_crop, list_images, load_image, numbered_images, pack_npz, save_grid, to_uint8
 from engine.sampling import ImageDraws, preview_labels
 from engine.vae import LatentSpace
@@ -103,6 +104,29 @@ def test_published_layout(published, versions):
     assert x[:, 0, 0, 0].tolist() == [11, 3 + 0.5 * (versions - 1)]
     assert y.tolist() == [1, 3]
     assert dataset.metadata["shape"] == [3, 2, 2]
+
+
+@pytest.mark.parametrize("marks", [[[0, 7], [1, 1]], [[0, 1], [1, 3]], [[-1], [1]], [0, 1], [["a"], ["b"]]])
+def test_damaged_marks(tmp_path, marks):
+    np.save(tmp_path / "status-00000000.npy", np.array(marks))
+    with pytest.raises(InputError, match=r"status-00000000.npy: damaged .* remove that file"):
+        read_marks(tmp_path / "status-00000000.npy", 7)
+
+
+def test_published_layout_in_another_order_of_memory(published):
+    folder = published()
+    first = LatentDataset(folder).source.files["0"]
+    array = np.load(first)
+    np.save(first, np.asfortranarray(array))
+    x, _ = LatentDataset(folder).__getitems__([0, 1])
+    assert np.array_equal(x.numpy(), array[:2])
+
+
+def test_published_file_that_is_damaged_later(published):
+    dataset = LatentDataset(published())
+    dataset.source.files["0"].write_bytes(b"PK\x05\x06" + bytes(18))
+    with pytest.raises(InputError, match="damaged latents"):
+        dataset.__getitems__([0])
 
 
 def test_published_layout_is_sent_to_processes(published):
