@@ -1,4 +1,6 @@
-r"""Drop the layers that change their input least (ShortGPT's block influence).
+r"""Drop the layers that a criterion ranks lowest, or take the best of many choices by their loss; nothing is learnt.
+
+The default criterion drops the layers that change their input least (ShortGPT's block influence).
 
 Example:
   python prune_by_score.py --model DiT-XL/2 --ckpt pretrained/DiT-XL-2-256x256.pt --data-path features --n-pruned 14 \
@@ -8,14 +10,33 @@ Example:
 from engine.cli import Command, launch
 from engine.errors import InputError, RunError, check_writable, flag_errors
 from engine.flags import PRUNING_FLAGS, shared
+from engine.settings import TYPED
 from families import stack_layers
-from families.flags import Flag, count
+from families.flags import Flag, all_or_count, count, path_text
 
+CRITERIA = ("block-influence", "sensitivity", "flux-lite", "output-change", "magnitude", "random")
+LOSSES = ("lowest", "median", "highest")
 COMMAND = Command(
     "prune_by_score",
     __doc__,
     own=(
-        Flag("n-pruned", "number of layers to drop", type=count, required=True, metavar="N"),
+        Flag("n-pruned", "number of layers to drop; this or --pattern", type=count, shown="none", metavar="N"),
+        Flag(
+            "pattern",
+            "N:M groups, of each of which N layers stay, e.g. 1:2 or 2:4x5,3:4x2",
+            type=path_text,
+            shown="none",
+            metavar="N:M",
+        ),
+        Flag("criterion", "what ranks the layers", "block-influence", choices=CRITERIA),
+        Flag(
+            "search",
+            "measure the loss of N random choices of layers, or of all, instead of ranking layers",
+            type=all_or_count,
+            shown="none",
+            metavar="N",
+        ),
+        Flag("search-for", "which loss of --search to take", "lowest", choices=LOSSES),
         Flag("nsamples", "images to measure on", 128, type=count),
         Flag("batch-size", "images per batch", 16, type=count),
     ),
@@ -24,7 +45,93 @@ COMMAND = Command(
     weights=(("ckpt", "model"),),
     latents=True,
 )
-parse_args = COMMAND.resolve
+
+
+def parse_args(argv=None):
+    settings = COMMAND.resolve(argv)
+    is_typed = {name for name, origin in settings.origins.items() if origin == TYPED}
+    if (settings.n_pruned is None) == (settings.pattern is None):
+        raise InputError("--n-pruned or --pattern: give one of them, to say how many layers go")
+    if settings.search and "criterion" in is_typed:
+        raise InputError(f"--criterion {settings.criterion}: has no meaning with --search, which goes by the loss")
+    if "search_for" in is_typed and not settings.search:
+        raise InputError(f"--search-for {settings.search_for}: needs --search N; without it layers are ranked")
+    if settings.clean_latents and (settings.search or settings.criterion != "block-influence"):
+        other = f"--search {settings.search}" if settings.search else f"--criterion {settings.criterion}"
+        raise InputError(f"--clean-latents: is for block-influence alone, which {other} is not; leave one of them out")
+    if settings.nsamples < settings.batch_size:
+        raise InputError(f"--nsamples {settings.nsamples}: less than one batch; take {settings.batch_size} or more")
+    return settings
+
+
+def choose_groups(model, n_pruned, pattern):
+    """The N:M groups of --pattern; with --n-pruned a single one over all layers."""
+    from pruning.patterns import check_borders, parse_pattern
+
+    stacks = stack_layers(model)
+    depth = sum(stacks)
+    if pattern is None:
+        if n_pruned >= depth:
+            raise InputError(f"--n-pruned {n_pruned}: {model} has {depth} layers; expected 1..{depth - 1}")
+        return [[depth - n_pruned, depth]]
+    with flag_errors("--pattern", pattern):
+        groups = parse_pattern(pattern, depth)
+        check_borders(groups, stacks)
+    return groups
+
+
+def list_choices(settings, groups):
+    """The choices of layers to --search, or None without it."""
+    from pruning.search import draw_choices
+
+    if not settings.search:
+        return None
+    with flag_errors("--search", settings.search):
+        return draw_choices(groups, stack_layers(settings.model), settings.search, settings.seed)
+
+
+def check_finite(numbers):
+    """Raise RunError unless scores or losses are numbers."""
+    if not numbers.isfinite().all():
+        raise RunError(
+            "scores are not finite; the weights or the latents hold numbers that are not, see --ckpt, --data-path"
+        )
+
+
+def rank(settings, run, criterion, measured, groups):
+    """Layers that stay by a criterion, and facts; measured: network, objective and batches."""
+    clean = {"clean_steps": settings.num_sampling_steps} if settings.clean_latents else {}
+    scores = criterion.measure(*measured, **clean)
+    check_finite(scores)
+    removed = criterion.removed(scores, groups)
+    for layer, score in enumerate(scores):
+        run.print(
+            f"layer {layer:2d}  {criterion.word} {score:{criterion.form}}  {'removed' if layer in removed else 'kept'}"
+        )
+    kept = [layer for layer in range(len(scores)) if layer not in removed]
+    return kept, {"criterion": settings.criterion, "scores": scores.tolist()}
+
+
+def search(settings, run, choices, measured, batches):
+    """The choice of layers with the asked loss, and facts. All layers are measured too; batches: how many there are."""
+    from tqdm import tqdm
+
+    from pruning.scores import measure_losses
+    from pruning.search import choice_masks, find_loss
+
+    depth = sum(stack_layers(settings.model))
+    masks = choice_masks([range(depth), *choices], depth)
+    with tqdm(total=batches * len(masks), desc="searching", disable=not run.is_main) as bar:
+        losses = measure_losses(*measured, masks, bar.update)
+    check_finite(losses)
+    whole, losses = losses[0], losses[1:]
+    run.print(f"loss of all {depth} layers {whole:.6f}, of {len(choices):,} choices of layers:")
+    found = {which: find_loss(losses, which) for which in LOSSES}
+    for which, i in found.items():
+        run.print(f"{which} loss {losses[i]:.6f}  kept layers {list(choices[i])}")
+    shown = {which: losses[i].item() for which, i in found.items()}
+    facts = {"criterion": f"{settings.search_for} loss", "choices": len(choices), "losses": shown}
+    return list(choices[found[settings.search_for]]), facts
 
 
 def main(settings):
@@ -37,18 +144,14 @@ def main(settings):
     from engine.sampling import SamplingPlan
     from engine.start import print_start
     from engine.vae import LatentSpace
-    from pruning.scores import least_influential, measure_influence
+    from pruning.patterns import format_pattern
+    from pruning.scores import CRITERIA
     from pruning.surgery import keep_layers
 
     inputs = {"ckpt": settings.ckpt, "vae": settings.vae, "data_path": settings.data_path}
     check_writable("--save-model", settings.save_model, **inputs)
-    depth = sum(stack_layers(settings.model))
-    if settings.n_pruned >= depth:
-        raise InputError(
-            f"--n-pruned {settings.n_pruned}: {settings.model} has {depth} layers; expected 1..{depth - 1}"
-        )
-    if settings.nsamples < settings.batch_size:
-        raise InputError(f"--nsamples {settings.nsamples}: less than one batch; take {settings.batch_size} or more")
+    groups = choose_groups(settings.model, settings.n_pruned, settings.pattern)
+    choices = list_choices(settings, groups)
     run = Run(settings.device, seed=settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     weights = settings.weights["ckpt"]
@@ -60,26 +163,26 @@ def main(settings):
     if settings.clean_latents:
         plan.make_sampler()  # whose chain has all these steps
 
-    calibration = settings.make(Calibration, space=space)
-    batches = calibration.batches(run.device, config["in_channels"])
-    print_start(settings, run, data_path=calibration.digest() if run.world > 1 else "")
+    criterion, calibration = CRITERIA[settings.criterion], settings.make(Calibration, space=space)
+    batches, data = (), ""
+    if choices or criterion.reads_data:
+        batches = calibration.batches(run.device, config["in_channels"])
+        data = calibration.digest() if run.world > 1 else ""
+    print_start(settings, run, data_path=data)
     if settings.dry_run:
         return
 
     net = weights.build(settings.model, config, run.device).eval()
     objective = settings.family.make_objective(**settings.own("train")).to(run.device)
-    batches = tqdm(batches, total=calibration.count, desc="measuring", disable=not run.is_main)
-    clean_steps = settings.num_sampling_steps if settings.clean_latents else None
-    scores = measure_influence(net, depth, objective, batches, clean_steps)
-    if not scores.isfinite().all():
-        raise RunError(
-            "scores are not finite; the weights or the latents hold numbers that are not, see --ckpt, --data-path"
+    if choices:
+        kept, facts = search(settings, run, choices, (net, objective, batches), calibration.count)
+    else:
+        batches = tqdm(
+            batches, total=calibration.count, desc="measuring", disable=not (run.is_main and criterion.reads_data)
         )
-    removed = least_influential(scores, settings.n_pruned)
-    kept = [layer for layer in range(depth) if layer not in removed]
-    for layer, score in enumerate(scores):
-        run.print(f"layer {layer:2d}  similarity {score:.6f}  {'removed' if layer in removed else 'kept'}")
-    facts = {"source": weights.path, "kept": kept, "scores": scores.tolist()}
+        kept, facts = rank(settings, run, criterion, (net, objective, batches), groups)
+    pattern = {"pattern": format_pattern(groups)} if settings.pattern else {}
+    facts = {"source": weights.path, "kept": kept, **pattern, **facts}
     with flag_errors("--n-pruned", settings.n_pruned):
         pruned = keep_layers(weights.state, kept)
     name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))

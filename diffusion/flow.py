@@ -125,10 +125,15 @@ class FlowObjective(nn.Module):
         c = at(self.path, draw.t, x.ndim)
         return c.alpha * x + c.sigma * draw.noise, c
 
-    def predict(self, net, x, y, draw, observe=None):
-        """Run `net` on the points of the path -> (N, C, H, W); `observe` as for the network."""
-        output = net(self._point(x, draw)[0], draw.t, y, drop=draw.drop, observe=observe)
+    def predict(self, net, x, y, draw, observe=None, mask=None):
+        """Run `net` on the points of the path -> (N, C, H, W); `observe` and `mask` as for the network."""
+        output = net(self._point(x, draw)[0], draw.t, y, drop=draw.drop, observe=observe, mask=mask)
         return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def noise_share(self, draw):
+        """Share of noise in the variance of what the network sees, (N,)."""
+        c = at(self.path, draw.t, 1)
+        return c.sigma**2 / (c.alpha**2 + c.sigma**2)
 
     def loss(self, prediction, x, draw):
         """The original loss: dict of per-sample terms (N,), here `loss` alone."""

@@ -88,11 +88,15 @@ class MaskedObjective(nn.Module):
         noise = draw.noise.reshape(start.shape)
         return start, self.diffusion.q_sample(start, t, noise), t, noise
 
-    def predict(self, net, x, y, draw, observe=None):
-        """Run `net` and, on the hidden tokens, its head -> (M, 2 * width); `observe` as for the network."""
-        z = net(draw.tokens, draw.masked, y, drop=draw.drop, observe=observe)
+    def predict(self, net, x, y, draw, observe=None, mask=None):
+        """Run `net` and, on the hidden tokens, its head -> (M, 2 * width); `observe` and `mask` as for the network."""
+        z = net(draw.tokens, draw.masked, y, drop=draw.drop, observe=observe, mask=mask)
         _, x_t, t, _ = self._noised(draw)
         return self.diffusion.run(net.diffloss.net, x_t, t, {"z": z[draw.masked].repeat(len(draw.t), 1)})
+
+    def noise_share(self, draw):
+        """Share of noise in the variance of what the head sees, for every row of its output (M,)."""
+        return 1 - self.diffusion.alphas_cumprod[draw.t.flatten()]
 
     def loss(self, prediction, x, draw):
         """The original loss: dict of per-sample terms (N,), `loss` among them; means over repeats and hidden tokens."""

@@ -27,10 +27,14 @@ class GaussianObjective(nn.Module):
         t = torch.randint(0, self.diffusion.num_timesteps, (len(x),), device=x.device)
         return Draw(t, torch.randn_like(x), net.draw_drop(len(x), x.device))
 
-    def predict(self, net, x, y, draw, observe=None):
-        """Run `net` on the noised latents -> (N, C or 2C, H, W); `observe` as for the network."""
+    def predict(self, net, x, y, draw, observe=None, mask=None):
+        """Run `net` on the noised latents -> (N, C or 2C, H, W); `observe` and `mask` as for the network."""
         x_t = self.diffusion.q_sample(x, draw.t, draw.noise)
-        return self.diffusion.run(net, x_t, draw.t, {"y": y, "drop": draw.drop, "observe": observe})
+        return self.diffusion.run(net, x_t, draw.t, {"y": y, "drop": draw.drop, "observe": observe, "mask": mask})
+
+    def noise_share(self, draw):
+        """Share of noise in the variance of what the network sees, (N,)."""
+        return 1 - self.diffusion.alphas_cumprod[draw.t]
 
     def loss(self, prediction, x, draw):
         """The original loss: dict of per-sample terms (N,), `loss` among them."""

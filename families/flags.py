@@ -111,6 +111,11 @@ def above_zero(text):
     return value
 
 
+def all_or_count(text):
+    """A type for how many: "all", or a whole number from 1."""
+    return text if text == "all" else count(text)
+
+
 def expect(fits, option, value, expected):
     """Raise ValueError, naming a flag, unless its value fits what is asked with it."""
     if not fits:

@@ -38,8 +38,11 @@ class Objective(Protocol):
     def draw(self, net: Network, x: Tensor, y: Tensor):
         """All random numbers of a step but the gates', for latents x (N, C, h, w) and labels y (N,)."""
 
-    def predict(self, net: Network, x: Tensor, y: Tensor, draw, observe=None) -> Tensor:
-        """Output of the network on noised latents."""
+    def predict(self, net: Network, x: Tensor, y: Tensor, draw, observe=None, mask: Tensor | None = None) -> Tensor:
+        """Output of the network on noised latents, (rows, ...); `observe` and `mask` as for the network."""
+
+    def noise_share(self, draw) -> Tensor:
+        """Share of noise in the variance of what each row of the output was predicted from: (rows,), 0 to 1."""
 
     def loss(self, prediction: Tensor, x: Tensor, draw) -> dict[str, Tensor]:
         """Per-sample terms (N,), `loss` among them."""
