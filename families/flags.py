@@ -113,7 +113,10 @@ def above_zero(text):
 
 def all_or_count(text):
     """A type for how many: "all", or a whole number from 1."""
-    return text if text == "all" else count(text)
+    try:
+        return text if text == "all" else count(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; or say all") from None
 
 
 def expect(fits, option, value, expected):

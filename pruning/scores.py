@@ -161,9 +161,10 @@ def draw_scores(net, objective=None, batches=()):
 class Criterion:
     """What a score is for.
 
-    measure: (net, objective, batches) -> scores (L,). word, form: what a score is and how it is printed. high_goes: layers of high
-    scores do little and go first; else those of low scores. keeps_last: the last layer always stays, as block influence
-    was published; other criteria rank it like any layer. reads_data: whether batches are needed.
+    measure: (net, objective, batches) -> scores (L,). word, form: what a score is called and how it is printed.
+    high_goes: layers of high scores do little and go first; else those of low scores. keeps_last: the last layer always
+    stays, as block influence was published, under a pattern too; other criteria rank it like any layer. reads_data:
+    whether batches are needed.
     """
 
     measure: Callable

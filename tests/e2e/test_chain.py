@@ -184,6 +184,42 @@ def test_scores(request, family, tmp_path, run_script, same_weights, source):
     same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, kept))
 
 
+CRITERIA = ["sensitivity", "flux-lite", "output-change", "magnitude", "random"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criteria(family, latents, tmp_path, run_script, same_weights, criterion):
+    """One of two layers by a criterion: facts say which and the scores; the lower score goes."""
+    out, data = tmp_path / "pruned.pt", [] if criterion in ("magnitude", "random") else ["--data-path", latents]
+    flags = ["--pattern", "1:2", "--criterion", criterion, "--nsamples", 16, *data, "--save-model", out]
+    run_script("prune_by_score", "--ckpt", family.weights, *flags)
+    facts = read_facts(out)
+    assert (facts["criterion"], facts["pattern"], facts["model"]) == (criterion, "1:2x6", family.half)
+    pairs = zip(facts["scores"][::2], facts["scores"][1::2], strict=True)
+    assert facts["kept"] == [2 * i + (b >= a) for i, (a, b) in enumerate(pairs)]
+    same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, facts["kept"]))
+
+
+@pytest.mark.parametrize("choice", ["--pattern 1:2 --search 5", "--n-pruned 10 --search all"])
+def test_search(family, latents, tmp_path, run_script, capsys, choice):
+    """The lowest, median and highest loss of the same choices, which leave layers in every stack."""
+    flags = ["--ckpt", family.weights, *choice.split(), "--nsamples", 16, "--data-path", latents]
+    taken, losses = [], []
+    for which in ("lowest", "median", "highest"):
+        out = tmp_path / f"{which}.pt"
+        run_script("prune_by_score", *flags, "--save-model", out, "--search-for", which)
+        facts = read_facts(out)
+        assert facts["criterion"] == f"{which} loss"
+        assert f"{which} loss {facts['losses'][which]:.6f}  kept layers {facts['kept']}" in capsys.readouterr().out
+        assert "scores" not in facts
+        taken.append(facts["kept"])
+        losses.append(facts["losses"])
+    assert losses[0] == losses[1] == losses[2]
+    assert losses[0]["lowest"] < losses[0]["median"] < losses[0]["highest"]
+    assert facts["choices"] == (5 if "5" in choice else 36 if family.name == "MAR" else 66)
+    assert len({tuple(kept) for kept in taken}) == 3
+
+
 def test_latents_and_pictures_give_the_same_scores(teacher, latents, pictures, tmp_path, run_script):
     for name, data in (("a", latents), ("b", pictures)):
         flags = ["--n-pruned", 6, "--nsamples", 32, "--data-path", data, "--save-model", tmp_path / name]

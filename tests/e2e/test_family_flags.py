@@ -83,6 +83,11 @@ def test_wrong_combinations(family, latents, run_script, tmp_path):
         learn = [*data, "--load-weight", family.weights, "--save-model", tmp_path / "out.pt"]
         with pytest.raises(InputError, match=r"--pattern 4:4,3:8: .*crosses from layer 5 to 6"):
             run_script("prune_by_learning", *learn, "--pattern", "4:4,3:8")
+        score = ["--data-path", latents, "--ckpt", family.weights, "--save-model", tmp_path / "out.pt"]
+        with pytest.raises(InputError, match=r"--pattern 4:4,3:8: .*crosses from layer 5 to 6"):
+            run_script("prune_by_score", *score, "--pattern", "4:4,3:8")
+        with pytest.raises(InputError, match=r"--search 3: every choice leaves one of the stacks of .* empty"):
+            run_script("prune_by_score", *score, "--n-pruned", "11", "--search", "3")
         with pytest.raises(InputError, match=r"--num-iter 5: expected at most 4"):
             run_script("sample", "--ckpt", family.student, "--num-iter", "5")
     assert not list(tmp_path.iterdir())

@@ -39,6 +39,7 @@ NUMBERS = [
     ("prune_by_learning", "--gate-lr", "inf nan -1 1e400 ''"),
     ("prune_by_learning", "--gate-samples", "0 1.5 nan -1 inf ''"),
     ("prune_by_score", "--n-pruned", "0 4 -1 5 1.5 nan '' all 1000000000000000000000000000000"),
+    ("prune_by_score", "--search", "0 -1 1.5 nan '' some ALL 1000000000000000000000000000000"),
     ("prune_by_score", "--nsamples", "0 4 -1 41 1000000000000000000000000000000 1.5 ''"),
     ("prune_by_score extract_features sample_ddp", "--batch-size", "0 -1 1.5 ''"),
     ("sample_ddp", "--per-proc-batch-size", "0 -1 1.5 ''"),
@@ -72,6 +73,8 @@ CHOICES = [
     (NETWORKS, "--model", "UNet '' DiT DiT-T/3 DiT-T-D0/2 DiT-T-D-1/2 dit-t/2 DiT-T/2/2 MAR-T/2 MAR-T-D5 DiT-T-D1.5/2"),
     ("train_masked_kd", "--teacher", "UNet '' DiT DiT-T/3 DiT-T-D0/2 SiT-T/7"),
     ("prune_by_index", "--scheme", "best '' BK-SDM"),
+    ("prune_by_score", "--criterion", "best '' Sensitivity loss"),
+    ("prune_by_score", "--search-for", "best '' Lowest median"),
     (SAMPLING, "--sampler", "euler '' DDPM"),
     (SAMPLING, "--labels-typo", "1"),
     ("evaluator", "--backend", "jax '' Torch"),
@@ -192,6 +195,7 @@ PATHS = [  # (script, flag, what is wrong with it)
 ]
 
 # Whole command lines: (kind, script, family, words added to the base or, after "=", all of them, names).
+SCORE_BASE = "--ckpt in/DiT/teacher.pt --data-path in/latents --save-model p.pt"
 MISFIT, GRAMMAR, OVER = "what does not fit together", "grammar of the command line", "outputs that are inputs"
 OTHERS = [
     # weights of another model or family, and depths that do not fit
@@ -272,6 +276,13 @@ OTHERS = [
     (MISFIT, "prune_by_score", "DiT", "--preview --num-sampling-steps 2000", "--num-sampling-steps"),
     (MISFIT, "prune_by_score", "DiT", "= --ckpt in/DiT/teacher.pt --data-path in/latents --n-pruned 1", "--save-model"),
     (MISFIT, "prune_by_score", "DiT", "= --ckpt in/DiT/teacher.pt --save-model p.pt", "--n-pruned"),
+    *((MISFIT, "prune_by_score", "DiT", f"= {SCORE_BASE} --pattern {groups}", "--pattern")
+      for groups in ("3:2", "''", "0:2", "2:4x2", "1:3", "2-4", "1:2 --n-pruned 2")),
+    (MISFIT, "prune_by_score", "MAR", "= --ckpt in/MAR/teacher.pt --save-model p.pt --pattern 1:4", "--pattern"),
+    (MISFIT, "prune_by_score", "DiT", "--search 2 --criterion sensitivity", "--criterion"),
+    (MISFIT, "prune_by_score", "DiT", "--search 2 --clean-latents", "--clean-latents"),
+    (MISFIT, "prune_by_score", "DiT", "--criterion magnitude --clean-latents", "--clean-latents"),
+    (MISFIT, "prune_by_score", "MAR", "--n-pruned 3 --search all", "--search"),
     (MISFIT, "sample", "DiT", "--model SiT-T-D2/2", "--model --ckpt"),
     (MISFIT, "sample", "DiT", "--model MAR-T-D2", "--model --ckpt"),
     (MISFIT, "sample", "DiT", "--model DiT-T-D4/2", "--model --ckpt"),
