@@ -110,7 +110,7 @@ def pruned(z, net):
 
 
 SMALL = ("z_proj_ln.", "decoder_embed.", "mask_token", "decoder_pos_embed_learned")
-VARIANTS = {  # prefix -> network, arguments of its forward pass
+VARIANTS = {  # prefix -> network, arguments of its forward pass and of the objective's
     "": lambda z: (z.network(), {}),
     "weak_": lambda z: (z.network(std=WEAK_STD), {}),
     "train_": lambda z: (z.network(**NO_DROPOUT).train(), {}),
@@ -128,8 +128,7 @@ def test_network_and_loss(prefix, dtype):
     with given_uniforms(z["train_u"]):
         draw = z.draw(net, net.draw_drop(len(z["labels"]), "cpu"))
     net.encoder_norm.register_forward_hook(lambda module, args, out: z.check(f"{prefix}encoder_out", out))
-    net.forward = partial(net.forward, **options)
-    conditions = net(draw.tokens, draw.masked, z["labels"], drop=draw.drop)
+    conditions = net(draw.tokens, draw.masked, z["labels"], drop=draw.drop, **options)
     z.check(f"{prefix}z", conditions)
     if f"{prefix}loss" not in z.arrays:
         return
@@ -137,7 +136,7 @@ def test_network_and_loss(prefix, dtype):
     terms = z.objective.diffusion.loss_terms(out, start, x_t, z["t"], z["noise"])
     z.check(f"{prefix}token_mse", terms["mse"])
     z.check(f"{prefix}token_vb", terms["vb"])
-    losses = z.objective.loss(z.objective.predict(net, z["imgs"], z["labels"], draw), z["imgs"], draw)
+    losses = z.objective.loss(z.objective.predict(net, z["imgs"], z["labels"], draw, **options), z["imgs"], draw)
     assert {len(values) for values in losses.values()} == {len(z["labels"])}
     check_close("parts of the loss", losses["loss"], losses["mse"] + losses["vb"], 1e-6)
     z.check(f"{prefix}loss", losses["loss"].mean())
