@@ -9,9 +9,10 @@ Example:
 from engine.cli import Command, launch
 from engine.errors import InputError, check_writable, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
-from families import model_config, stack_layers
+from families import depth_name, model_config, stack_layers
 from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
 
+TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
 COMMAND = Command(
     "prune_by_learning",
     __doc__,
@@ -29,6 +30,12 @@ COMMAND = Command(
         Flag("lora-rank", "rank of LoRA; its alpha is twice the rank", 8, type=count),
         Flag("tau-range", "first and last temperature", [4.0, 0.1], type=above_zero, nargs=2),
         Flag("scaling-range", "first and last scaling", [100.0, 100.0], type=above_zero, nargs=2),
+        Flag(
+            "target",
+            "what gates and update learn to predict: the data, the whole network's output, or half of each",
+            "data",
+            choices=tuple(TEACHER_SHARES),
+        ),
         Flag("gate-samples", "share of skipped samples that gates learn from", 1.0, type=number(float, 0.01, 1)),
         switch("dense", "also run the backward of skipped samples (slower)"),
         Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
@@ -66,8 +73,15 @@ def choose_groups(model, pattern):
         return groups
 
 
-def main(settings):
+def make_step(net, teacher, objective, share):
+    """The training step; share: of the loss that compares with the output of the `teacher`, which is not trained."""
     from diffusion.objectives import TrainStep
+    from pruning.distillation import DistillStep
+
+    return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
+
+
+def main(settings):
     from engine.data import network_config
     from engine.distributed import on_main
     from engine.networks import NetworkStart, StateSketch
@@ -88,7 +102,10 @@ def main(settings):
     check_writable("--save-model", save_model, **inputs)
     space, data = open_data(settings)
     original = settings.weights["load_weight"]
-    start = NetworkStart(settings.model, {**network_config(data.dataset, space), "groups": groups}, original)
+    config, share = network_config(data.dataset, space), TEACHER_SHARES[settings.target]
+    start = NetworkStart(settings.model, {**config, "groups": groups}, original)
+    whole = NetworkStart(depth_name(settings.model, stack_layers(settings.model)), config, original)
+    networks = {"network": start, **({"teacher": whole} if share else {})}
 
     def add_update(net):
         """Choose what is trained besides the gates; returns these parameters."""
@@ -99,7 +116,7 @@ def main(settings):
     sketch = start.build_without_memory()
     add_update(sketch)
     state = StateSketch(sketch, sketch.gumbel_gates)
-    folder = start_training(settings, run, data, {"network": start}, state, start.describe(space))
+    folder = start_training(settings, run, data, networks, state, start.describe(space))
     if folder is None:
         return
 
@@ -108,7 +125,8 @@ def main(settings):
     set_routing(net, settings.dense, settings.gate_samples)
     weights = add_update(net)
     folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
-    step = TrainStep(net, settings.family.make_objective(**settings.own("train"))).to(run.device)
+    teacher = run.freeze(whole.build(run.device)) if share else None
+    step = make_step(net, teacher, settings.family.make_objective(**settings.own("train")), share).to(run.device)
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
     trainer = Trainer(run, step, rates, gates, settings.make(TrainingOptions))
     averaged = trainer.ema.module

@@ -8,6 +8,7 @@ Example:
 from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
+from engine.settings import TYPED
 from families import family_of, model_name, stack_layers
 from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share
 
@@ -26,6 +27,12 @@ COMMAND = Command(
         ),
         Flag("alpha", "weight of output distillation; the loss gets the rest", 0.9, type=share),
         Flag("beta", "weight of the feature loss in the first epoch", 1e-2, type=amount),
+        Flag(
+            "relative-beta",
+            "in place of --beta: that weight relative to the output distillation, to which each layer's loss is scaled",
+            type=amount,
+            shown="none",
+        ),
         Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=limit),
     ),
     shared=shared(f"{TRAINING_FLAGS} lr min-lr", num_workers=8),
@@ -35,7 +42,13 @@ COMMAND = Command(
     precision="fp16",
     unused=unused_flags(strong_aug=False),
 )
-parse_args = COMMAND.resolve
+
+
+def parse_args(argv=None):
+    settings = COMMAND.resolve(argv)
+    if settings.relative_beta is not None and settings.origins.get("beta") == TYPED:
+        raise InputError(f"--relative-beta {settings.relative_beta}: takes the place of --beta; give one of them")
+    return settings
 
 
 def pair_layers(model, teacher, pattern, recorded):
@@ -87,13 +100,15 @@ def main(settings):
     if settings.compile:
         compile_blocks(teacher)
     objective = family.make_objective(**settings.own("train"))
-    step = DistillStep(net, teacher, objective, pairs, settings.alpha, settings.beta, settings.mask_threshold)
+    is_relative = settings.relative_beta is not None
+    beta = settings.relative_beta if is_relative else settings.beta
+    step = DistillStep(net, teacher, objective, pairs, settings.alpha, beta, settings.mask_threshold, is_relative)
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net), recipe.schedule(data.total_steps)
     trainer = Trainer(run, step.to(run.device), groups, net, options, schedule)
 
     def before_step(k):
-        step.beta = feature_weight(settings.beta, k // data.steps_per_epoch, settings.epochs)
+        step.beta = feature_weight(beta, k // data.steps_per_epoch, settings.epochs)
 
     folder.log(f"layer pairs (student, teacher): {pairs}")
     trainer.fit(data, folder, before_step, lambda k: ([], {"beta": step.beta}))

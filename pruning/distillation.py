@@ -76,13 +76,15 @@ def masked_feature_loss(student, teacher, k=2.0):
 class DistillStep(nn.Module):
     """One Masked KD step: alpha * output distillation + (1 - alpha) * original loss + beta * masked feature loss.
 
-    `pairs` may be empty (no feature loss). The teacher stays out of the module tree: neither broadcast nor saved.
+    `pairs` may be empty (no feature loss). relative: beta is relative to the output distillation, to whose mean over
+    the batch every pair's loss is scaled; published betas differ 50 times between networks. The teacher stays out of
+    the module tree: neither broadcast nor saved.
     """
 
-    def __init__(self, net, teacher, objective, pairs, alpha=0.9, beta=1e-2, k=2.0):
+    def __init__(self, net, teacher, objective, pairs, alpha=0.9, beta=1e-2, k=2.0, relative=False):
         super().__init__()
         self.net, self.objective, self.pairs = net, objective, list(pairs)
-        self.alpha, self.beta, self.k = alpha, beta, k
+        self.alpha, self.beta, self.k, self.relative = alpha, beta, k, relative
         self._teacher = (teacher.eval().requires_grad_(False),)
 
     def forward(self, x, y):
@@ -105,9 +107,16 @@ class DistillStep(nn.Module):
         terms = self.objective.loss(prediction, x, draw)
         gt = terms.pop("loss")
         terms |= self.objective.match(prediction, goal, x, draw)
-        feat = torch.stack(losses).mean(0) if losses else torch.zeros_like(gt)
-        loss = self.alpha * terms["kd_loss"] + (1 - self.alpha) * gt + self.beta * feat
-        return {"loss": loss, "gt": gt, "feat_loss": feat, **terms}
+        features = torch.stack(losses) if losses else torch.zeros_like(gt)[None]  # (pairs, N)
+        weights = scales_to(terms["kd_loss"], features) if self.relative else 1.0
+        loss = self.alpha * terms["kd_loss"] + (1 - self.alpha) * gt + self.beta * (features * weights).mean(0)
+        return {"loss": loss, "gt": gt, "feat_loss": features.mean(0), **terms}
+
+
+def scales_to(goal, terms):
+    """Factors (K, 1) that bring the mean of each of the terms (K, N) to that of `goal` (N,), without gradients."""
+    means = terms.detach().mean(1, keepdim=True)
+    return goal.detach().mean() / means.clamp(min=torch.finfo(means.dtype).tiny)
 
 
 def feature_weight(beta, epoch, epochs):

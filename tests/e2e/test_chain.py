@@ -150,6 +150,18 @@ def test_learning(family, latents, tmp_path, run_script, same_weights, update, p
     assert "Final Confidence" in log
 
 
+@pytest.mark.parametrize(("target", "share"), [("teacher", 1.0), ("both", 0.5)])
+def test_learning_from_the_output(family, latents, tmp_path, run_script, target, share):
+    """With --target the loss compares with what the whole network predicts, in part or alone."""
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    run_script("prune_by_learning", "--model", family.gated, *flags, "--delta-w", "--target", target)
+    for row in metrics(tmp_path / f"learn_mask-{family.gated}")[1:]:
+        assert row["kd_loss"] > 0
+        assert row["loss"] == pytest.approx(share * row["kd_loss"] + (1 - share) * row["gt"], rel=1e-4)
+    config = json.loads((tmp_path / f"learn_mask-{family.gated}" / "config.json").read_text())
+    assert config["sizes"]["parameters"].keys() == {"network", "teacher"}
+
+
 def test_learning_moves_the_gates(family, latents, tmp_path, run_script):
     """A gated name needs no pattern; gates and their averages move, frozen weights do not."""
     flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]

@@ -128,6 +128,25 @@ def test_terms_and_pairs(small_net, fixed_draw, batch):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_relative_weight(small_net, fixed_draw, batch):
+    """Each layer's feature loss weighs `beta` times as much as the output's, whatever its size; it passes gradients."""
+    student, teacher = small_net(3), small_net(6, seed=1)
+    teacher.blocks[1].mlp.fc2.weight.data *= 1000  # of one layer the hidden states are much larger
+    step = DistillStep(student, teacher, fixed_draw(), [(0, 1), (2, 5)], alpha=0.7, beta=0.5, relative=True)
+    terms = step(batch[0], batch[2])
+    features = terms["loss"] - 0.7 * terms["kd_loss"] - 0.3 * terms["gt"]
+    torch.testing.assert_close(features.mean(), 0.5 * terms["kd_loss"].mean())
+    assert terms["feat_loss"].mean() > 1000 * terms["kd_loss"].mean()
+    terms["loss"].mean().backward()
+    assert student.blocks[2].mlp.fc2.weight.grad.abs().sum() > 0
+
+
+def test_relative_weight_of_equal_hidden_states(small_net, fixed_draw, batch):
+    """There is nothing to scale, and nothing that is not finite."""
+    step = DistillStep(small_net(4), small_net(4), fixed_draw(), [(0, 0), (3, 3)], relative=True)
+    assert step(batch[0], batch[2])["loss"].isfinite().all()
+
+
 @pytest.mark.parametrize("respacing", ["10", "ddim25", "4,3,2"])
 def test_original_steps_under_respacing(small_net, fixed_draw, batch, respacing):
     """Losses, distillation and samplers all hand the network the step numbers of the full chain."""

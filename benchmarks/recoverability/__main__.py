@@ -1,0 +1,56 @@
+"""`python -m benchmarks.recoverability --data mnist`: the truth about all choices, and what every method chooses.
+
+Rows are added to <output>/<data>-<teacher>.jsonl as they are found; the same command goes on where it was stopped.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.recoverability import jobs, problem, summary, training
+
+RESULTS = Path(__file__).parents[1] / "results" / "recoverability"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="mnist", help="mnist, digits, or a folder of encoded latents")
+    parser.add_argument("--teacher", type=int, default=0, help="seed of the teacher (default: 0)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of every method that draws (default: 5)")
+    parser.add_argument("--processes", type=int, default=2, help="jobs beside each other (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="few steps and choices, to see that everything runs")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for rows and teachers")
+    return parser.parse_args()
+
+
+def choose_problem(flags):
+    """The Problem that the flags describe."""
+    found = problem.PROBLEMS.get(flags.data, problem.Problem(flags.data))
+    found = replace(found, teacher=flags.teacher)
+    return problem.quick(found) if flags.quick else found
+
+
+def main():
+    args = parse_args()
+    settings = choose_problem(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    train, _ = problem.load_pictures(settings.data)
+    if not problem.teacher_path(settings, args.output).exists():
+        print(f"training the teacher: {settings.teacher_steps} steps", flush=True)
+        problem.write_teacher(settings, args.output, training.train_teacher(settings, train).state_dict())
+    depth = len(problem.make_network(settings, train).blocks)
+    path = args.output / f"{Path(settings.data).name}-{settings.teacher}.jsonl"
+
+    jobs.run_jobs(jobs.list_jobs(settings, depth, args.seeds), path, settings, args.output, args.processes)
+    chosen = [row["chosen"] for row in jobs.read_rows(path) if "chosen" in row]
+    jobs.run_jobs([jobs.truth_job(kept) for kept in chosen], path, settings, args.output, args.processes)
+    recoveries = jobs.list_recoveries(jobs.read_rows(path), settings.patterns[0], args.seeds)
+    jobs.run_jobs(recoveries, path, settings, args.output, args.processes)
+    choices = {name: jobs.choices_to_recover(name, depth, settings.sampled) for name in settings.patterns}
+    rows = jobs.read_rows(path)
+    print(summary.format_table(summary.summarize(rows, choices)))
+    print(summary.format_recoveries(summary.summarize_recoveries(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Ranks and regrets of every method, recomputed from the rows alone. Without torch."""
+
+from statistics import mean, pstdev
+
+
+def truth_of(rows, measure="loss", seed=0):
+    """{choice: what it becomes} of one recovery seed."""
+    return {tuple(row["kept"]): row[measure] for row in rows if row["kind"] == "truth" and row["seed"] == seed}
+
+
+def judge_choice(kept, truth, choices):
+    """(rank from 1, regret) of a choice among the recovered ones of its pattern."""
+    values = sorted(truth[tuple(each)] for each in choices)
+    own = truth[tuple(kept)]
+    return 1 + sum(value < own for value in values), own - values[0]
+
+
+def chosen_under(rows, pattern):
+    """What any method chose under a pattern."""
+    return [row["chosen"] for row in rows if row.get("pattern") == pattern]
+
+
+def summarize(rows, choices_of):
+    """One dict per pattern and method, over its seeds; choices_of: {pattern: choices that were drawn to be recovered}.
+
+    The best is that of all known choices, those of the methods included. regret and rank are means, spread is the
+    deviation of the regret; calibration is the loss right after the cut.
+    """
+    truth = truth_of(rows)
+    calibration = {tuple(row["kept"]): row["calibration"] for row in rows if row["kind"] == "truth"}
+    picked = {}
+    for row in rows:
+        if "chosen" in row and tuple(row["chosen"]) in truth:
+            picked.setdefault((row["pattern"], row["method"]), []).append(row["chosen"])
+    found = []
+    for (pattern, method), chosen in picked.items():
+        known = {tuple(kept) for kept in choices_of[pattern]} | {tuple(kept) for kept in chosen_under(rows, pattern)}
+        known &= truth.keys()
+        ranks, regrets = zip(*(judge_choice(kept, truth, known) for kept in chosen), strict=True)
+        found.append(
+            {
+                "pattern": pattern,
+                "method": method,
+                "seeds": len(chosen),
+                "regret": mean(regrets),
+                "spread": pstdev(regrets),
+                "rank": mean(ranks),
+                "of": len(known),
+                "loss": mean(truth[tuple(kept)] for kept in chosen),
+                "calibration": mean(calibration[tuple(kept)] for kept in chosen),
+            }
+        )
+    return sorted(found, key=lambda row: (row["pattern"], row["regret"]))
+
+
+def rank_correlation(first, second):
+    """Spearman's correlation of two lists of numbers."""
+    a, b = (ranks(values) for values in (first, second))
+    middle = (len(a) - 1) / 2
+    product = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
+    return product / (sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b)) ** 0.5
+
+
+def ranks(values):
+    """Ranks from 0; equal values share the mean of theirs."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    found = [0.0] * len(values)
+    for value in set(values):
+        places = [place for place, k in enumerate(order) if values[k] == value]
+        for place in places:
+            found[order[place]] = mean(places)
+    return found
+
+
+def format_table(found):
+    """The summary as a Markdown table."""
+    lines = ["| pattern | method | seeds | regret | spread | rank | loss | after the cut |", "|---" * 8 + "|"]
+    for row in found:
+        numbers = f"{row['regret']:.5f} | {row['spread']:.5f} | {row['rank']:.1f} of {row['of']} | {row['loss']:.5f}"
+        lines.append(f"| {row['pattern']} | {row['method']} | {row['seeds']} | {numbers} | {row['calibration']:.4f} |")
+    return "\n".join(lines)
+
+
+def summarize_recoveries(rows):
+    """One dict per recipe: means over choices and seeds, and in how many pairs it ends below fine-tuning."""
+    found = {}
+    for row in rows:
+        if row["kind"] == "recovery":
+            found.setdefault(row["method"], {})[(tuple(row["kept"]), row["seed"])] = row
+    plain, summary = found.get("fine-tuning", {}), []
+    for recipe, ends in found.items():
+        pairs = [key for key in ends if key in plain]
+        summary.append(
+            {
+                "recipe": recipe,
+                **{name: mean(row[name] for row in ends.values()) for name in ("loss", "distance", "frechet", "read")},
+                "wins": sum(ends[key]["loss"] < plain[key]["loss"] for key in pairs),
+                "pairs": len(pairs),
+            }
+        )
+    return sorted(summary, key=lambda row: row["loss"])
+
+
+def format_recoveries(found):
+    """The same as a Markdown table."""
+    lines = ["| recipe | loss | distance | Frechet | read as asked | below fine-tuning |", "|---" * 6 + "|"]
+    for row in found:
+        numbers = f"{row['loss']:.5f} | {row['distance']:.5f} | {row['frechet']:.2f} | {row['read']:.1%}"
+        lines.append(f"| {row['recipe']} | {numbers} | {row['wins']} of {row['pairs']} |")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""The benchmark of recoverability: its choices, ranks and regrets, and jobs that are not done twice."""
+
+import json
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from benchmarks.recoverability import jobs, problem, summary, training
+
+
+def truth(kept, loss, calibration=1.0):
+    return {"kind": "truth", "kept": list(kept), "seed": 0, "loss": loss, "calibration": calibration}
+
+
+def chosen(method, kept, seed=0):
+    return {"kind": "criterion", "pattern": "1:2", "method": method, "seed": seed, "chosen": list(kept)}
+
+
+def test_choices():
+    """All under a small pattern, a fixed sample under a large one."""
+    assert jobs.choices_to_recover("1:2", 4, 300) == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    some = jobs.choices_to_recover("6:12", 12, 300)
+    assert some == jobs.choices_to_recover("6:12", 12, 300)
+    assert len({tuple(kept) for kept in some}) == 300
+    assert all(len(set(kept)) == 6 for kept in some)
+
+
+def test_regret_and_rank():
+    rows = [truth((0, 2), 0.3), truth((0, 3), 0.1), truth((1, 2), 0.2), chosen("a", (1, 2)), chosen("a", (0, 3), 1)]
+    rows += [chosen("b", (0, 2)), truth((1, 3), 0.05)]  # the last was neither drawn nor chosen
+    first, second = summary.summarize(rows, {"1:2": [[0, 2], [0, 3], [1, 2]]})
+    assert (first["method"], first["seeds"], first["rank"], first["of"]) == ("a", 2, 1.5, 3)
+    assert (first["regret"], first["spread"]) == pytest.approx((0.05, 0.05))
+    assert (second["method"], second["rank"]) == ("b", 3)
+    assert second["regret"] == pytest.approx(0.2)
+
+
+def test_choices_of_methods_count_as_known():
+    rows = [truth((0, 2), 0.3), truth((1, 3), 0.1), chosen("a", (0, 2)), chosen("b", (1, 3))]
+    found = {row["method"]: row for row in summary.summarize(rows, {"1:2": [[0, 2]]})}
+    assert found["a"]["rank"] == 2
+    assert found["b"]["regret"] == 0
+
+
+def test_rank_correlation():
+    a, b = [0.3, 0.1, 0.4, 0.1, 0.5], [1.0, 2.0, 5.0, 5.0, 3.0]
+    assert summary.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+def test_wins_are_counted_in_pairs():
+    rows = [
+        {
+            "kind": "recovery",
+            "kept": [0],
+            "method": name,
+            "seed": seed,
+            "loss": loss,
+            "distance": 0,
+            "frechet": 0,
+            "read": 0,
+        }
+        for name, losses in (("fine-tuning", (0.2, 0.3)), ("Masked KD", (0.1, 0.4)))
+        for seed, loss in enumerate(losses)
+    ]
+    found = {row["recipe"]: row for row in summary.summarize_recoveries(rows)}
+    assert (found["Masked KD"]["wins"], found["Masked KD"]["pairs"]) == (1, 2)
+
+
+def test_jobs_are_done_once(tmp_path):
+    """What has a row is left out, and half a row counts as none."""
+    path = tmp_path / "rows.jsonl"
+    done, left = jobs.truth_job([0, 2], draw=True), jobs.truth_job([0, 3])
+    path.write_text(json.dumps({**jobs.truth_job([0, 2]), "loss": 0.1}) + "\n" + '{"kind": "truth", "kept": [0, 3]')
+    assert [row["kept"] for row in jobs.read_rows(path)] == [[0, 2]]
+    assert jobs.key_of(jobs.read_rows(path)[0]) == jobs.key_of(done)
+    assert jobs.key_of(left) != jobs.key_of(done)
+
+
+@pytest.fixture
+def tiny():
+    settings = problem.quick(problem.Problem("digits"))
+    pictures, _ = problem.load_pictures("digits")
+    torch.manual_seed(0)
+    state = problem.make_network(settings, pictures).state_dict()
+    return settings, pictures, state
+
+
+def test_equal_compute(tiny):
+    """A distillation takes fewer steps than fine-tuning, by what the teacher's passes take."""
+    seen = {}
+    for recipe in ("fine-tuning", "output KD"):
+        looks = []
+        training.recover(
+            *tiny, [0, 2, 4, 6, 8, 10], recipe, 0, 20, lambda net, compute, looks=looks: looks.append(compute)
+        )
+        seen[recipe] = looks
+    assert seen["fine-tuning"][-1] == 20
+    assert seen["output KD"][-1] == pytest.approx(20, abs=1)
+    assert len(seen["output KD"]) == 12  # of 12 steps, each of 5/3
+
+
+def test_recovery_repeats(tiny):
+    first, second = (training.fine_tune(*tiny, [0, 1, 2], 0).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
