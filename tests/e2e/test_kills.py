@@ -10,10 +10,12 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from disturbed import SCRIPTS, check_same, contents, extraction_words, sampling_words, training_words
+from tqdm import tqdm
 
 KILLS = int(os.environ.get("KILLS", 6))
 
@@ -24,6 +26,7 @@ def fork(run_script, words, prepare):
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
+        tqdm.set_lock(threading.RLock())  # the usual one is shared by forked processes: a killed one may hold it
         prepare()
         try:
             run_script(*words)
