@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.recoverability import jobs, problem, summary, training
 
-RESULTS = Path(__file__).parents[1] / "results" / "recoverability"
+RESULTS = Path(__file__).parent / "results"
 
 
 def parse_args():

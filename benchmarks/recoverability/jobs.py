@@ -11,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.recoverability import measures, problem, training
+from engine.errors import RunError
+from engine.files import digest_file
 from engine.run import seed_everything
 from pruning.patterns import bk_sdm_layers, parse_pattern
 from pruning.scores import CRITERIA, count_layers, measure_losses
@@ -29,7 +31,7 @@ def choices_to_recover(pattern, depth, most):
 
 def key_of(row):
     """What a row is about, without what was found."""
-    return json.dumps([row[name] for name in ("kind", "kept", "pattern", "method", "seed") if name in row])
+    return json.dumps([row[name] for name in ("kind", "kept", "pattern", "method", "seed", "digest") if name in row])
 
 
 def prepare_worker(settings, folder):
@@ -40,6 +42,12 @@ def prepare_worker(settings, folder):
     teacher = problem.make_network(settings, train, state).eval()
     judge = measures.Judge(settings, train, held, teacher)
     WORKER.update(settings=settings, train=train, state=state, teacher=teacher, judge=judge)
+
+
+def measure_teacher(job):
+    """The whole network: which file it is, and how good it is."""
+    settings, judge, net = (WORKER[name] for name in ("settings", "judge", "teacher"))
+    return {**judge.losses(net), **judge.samples(net), "model": settings.model, "steps": settings.teacher_steps}
 
 
 def recover(job):
@@ -111,7 +119,14 @@ LEARNED = {  # method -> how it differs from the published setting
     "learned, data and teacher": {"alpha": 0.5},
 }
 SEARCHED = ("lowest loss", "median loss", "highest loss")
-KINDS = {"truth": recover, "learned": learn, "criterion": score, "search": search, "recovery": recover_by}
+KINDS = {
+    "truth": recover,
+    "learned": learn,
+    "criterion": score,
+    "search": search,
+    "recovery": recover_by,
+    "teacher": measure_teacher,
+}
 
 
 def do(job):
@@ -124,8 +139,14 @@ def do(job):
 
 def list_jobs(settings, depth, seeds):
     """All jobs that depend on no other one: learning, and the truth about the choices under every pattern."""
+    jobs = []
+    for pattern in settings.patterns:
+        choices = choices_to_recover(pattern, depth, settings.sampled)
+        first = pattern == settings.patterns[0]
+        for seed in range(2 if first else 1):
+            jobs += [truth_job(kept, seed, draw=first and seed == 0) for kept in choices]
     methods = {"learned": LEARNED, "criterion": CRITERIA, "search": SEARCHED}
-    jobs = [
+    jobs += [
         {"kind": kind, "pattern": pattern, "method": method, "seed": seed}
         for pattern in settings.patterns
         for kind, names in methods.items()
@@ -133,11 +154,6 @@ def list_jobs(settings, depth, seeds):
         for seed in range(seeds)
     ]
     jobs += [{"kind": "criterion", "pattern": each, "method": "BK-SDM", "seed": 0} for each in settings.patterns]
-    for pattern in settings.patterns:
-        choices = choices_to_recover(pattern, depth, settings.sampled)
-        first = pattern == settings.patterns[0]
-        for seed in range(2 if first else 1):
-            jobs += [truth_job(kept, seed, draw=first and seed == 0) for kept in choices]
     return jobs
 
 
@@ -166,9 +182,17 @@ def read_rows(path):
 def run_jobs(jobs, path, settings, folder, processes):
     """Do the jobs that `path` holds no rows of, and add theirs."""
     rows = read_rows(path)
+    digest = digest_file(problem.teacher_path(settings, folder))
+    if any(row["digest"] != digest for row in rows if row["kind"] == "teacher"):
+        raise RunError(f"{path}: holds rows of another teacher; delete it, or bring back its teacher")
+    jobs = [{"kind": "teacher", "digest": digest}, *jobs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without half a last line
     done = {key_of(row) for row in rows}
-    jobs = list({key_of(job): job for job in jobs if key_of(job) not in done}.values())
+    left = {}
+    for job in jobs:
+        if key_of(job) not in done:
+            left.setdefault(key_of(job), job)  # a choice under several patterns is recovered once, as asked for first
+    jobs = list(left.values())
     if not jobs:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
