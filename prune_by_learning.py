@@ -86,7 +86,7 @@ def main(settings):
     from engine.distributed import on_main
     from engine.networks import NetworkStart, StateSketch
     from engine.pruned import save_pruned
-    from engine.run import Run, cast_frozen_weights
+    from engine.run import Run, cast_frozen_weights, compile_blocks
     from engine.run_folder import run_path
     from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
@@ -126,6 +126,8 @@ def main(settings):
     weights = add_update(net)
     folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
     teacher = run.freeze(whole.build(run.device)) if share else None
+    if teacher is not None and settings.compile:
+        compile_blocks(teacher)
     step = make_step(net, teacher, settings.family.make_objective(**settings.own("train")), share).to(run.device)
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
     trainer = Trainer(run, step, rates, gates, settings.make(TrainingOptions))

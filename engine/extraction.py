@@ -107,7 +107,7 @@ class Extraction:
             writer.write(batch, good, latents)
         writer.close()
         barrier()
-        on_main(lambda: self._join_status(self.store))
+        on_main(lambda: self._join_status(self.store), patient=True)
         return on_main(self._list_corrupt)
 
     def _list_corrupt(self):
@@ -139,7 +139,7 @@ def read_marks(path, n):
         found = np.load(path, allow_pickle=False)
         if found.ndim != 2 or len(found) != 2 or found.dtype.kind != "i":
             raise ValueError(f"it holds {found.dtype} {found.shape}")
-        if not set(found[0].tolist()) <= set(range(n)) or not set(found[1].tolist()) <= {DONE, CORRUPT}:
+        if not ((found[0] >= 0) & (found[0] < n)).all() or not np.isin(found[1], (DONE, CORRUPT)).all():
             raise ValueError("numbers or marks are out of range")
     except STORE_ERRORS as error:
         raise InputError(

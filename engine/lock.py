@@ -52,8 +52,10 @@ class FolderLock:
         try:
             write_owner(file)
         except OSError:
-            file.close()
-            self.path.unlink()
+            with suppress(OSError):
+                self.path.unlink()  # before the lock ends: afterwards it could be another's
+            with suppress(OSError):
+                file.close()
             raise
         HELD.add(file)
         return file
@@ -79,7 +81,11 @@ def take_folder(folder, flag):
     with write_errors(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder, flag)
-        remove_partial_files(folder)
+        try:
+            remove_partial_files(folder)
+        except OSError:
+            lock.release()
+            raise
     return lock
 
 

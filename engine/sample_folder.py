@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from engine.errors import InputError, flag_errors
+from engine.errors import InputError, RunError, flag_errors
 from engine.files import plain, read_json, write_errors, write_json
 from engine.images import is_intact, pack_npz
 from engine.lock import take_folder
@@ -34,10 +34,14 @@ class SampleFolder:
                 "made; delete that folder or take another --sample-dir"
             )
         self.lock = take_folder(self.path, "--sample-dir")
-        with write_errors(self.path):
-            for partial in self.path.parent.glob(f".{self.path.name}.npz.*.part"):
-                partial.unlink(missing_ok=True)
-        write_json(record, self.settings, make_folder=False)
+        try:
+            with write_errors(self.path):
+                for partial in self.path.parent.glob(f".{self.path.name}.npz.*.part"):
+                    partial.unlink(missing_ok=True)
+            write_json(record, self.settings, make_folder=False)
+        except RunError:
+            self.close()
+            raise
 
     def _compare(self, old):
         """Raise InputError if the record of the pictures says something else; what it leaves out is not compared."""

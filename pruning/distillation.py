@@ -77,8 +77,8 @@ class DistillStep(nn.Module):
     """One Masked KD step: alpha * output distillation + (1 - alpha) * original loss + beta * masked feature loss.
 
     `pairs` may be empty (no feature loss). relative: beta is relative to the output distillation, to whose mean over
-    the batch every pair's loss is scaled; published betas differ 50 times between networks. The teacher stays out of
-    the module tree: neither broadcast nor saved.
+    the batch, as this process sees it, every pair's loss is scaled; published betas differ 50 times between networks.
+    The teacher stays out of the module tree: neither broadcast nor saved.
     """
 
     def __init__(self, net, teacher, objective, pairs, alpha=0.9, beta=1e-2, k=2.0, relative=False):
@@ -114,9 +114,13 @@ class DistillStep(nn.Module):
 
 
 def scales_to(goal, terms):
-    """Factors (K, 1) that bring the mean of each of the terms (K, N) to that of `goal` (N,), without gradients."""
-    means = terms.detach().mean(1, keepdim=True)
-    return goal.detach().mean() / means.clamp(min=torch.finfo(means.dtype).tiny)
+    """Factors (K, 1) that bring the mean of each of the terms (K, N) to that of `goal` (N,), without gradients.
+
+    Means over these N samples, in float32. Terms that are all zero have nothing to scale, and stay so.
+    """
+    means = terms.detach().float().mean(1, keepdim=True)
+    factors = goal.detach().float().mean() / means
+    return torch.where(factors.isfinite(), factors, 0.0)
 
 
 def feature_weight(beta, epoch, epochs):

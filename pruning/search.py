@@ -89,5 +89,5 @@ def find_loss(losses, which):
 
     The median is one of them: the lower of the two in the middle.
     """
-    order = losses.argsort(stable=True).tolist()
-    return order[{"lowest": 0, "median": (len(order) - 1) // 2, "highest": -1}[which]]
+    order = losses.argsort(stable=True, descending=which == "highest").tolist()
+    return order[(len(order) - 1) // 2 if which == "median" else 0]

@@ -39,7 +39,7 @@ def main():
         print(f"training the teacher: {settings.teacher_steps} steps", flush=True)
         problem.write_teacher(settings, args.output, training.train_teacher(settings, train).state_dict())
     depth = len(problem.make_network(settings, train).blocks)
-    path = args.output / f"{Path(settings.data).name}-{settings.teacher}.jsonl"
+    path = args.output / f"{settings.title}.jsonl"
 
     jobs.run_jobs(jobs.list_jobs(settings, depth, args.seeds), path, settings, args.output, args.processes)
     chosen = [row["chosen"] for row in jobs.read_rows(path) if "chosen" in row]

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from multiprocessing import get_context
 
 import numpy as np
@@ -46,8 +47,8 @@ def prepare_worker(settings, folder):
 
 def measure_teacher(job):
     """The whole network: which file it is, and how good it is."""
-    settings, judge, net = (WORKER[name] for name in ("settings", "judge", "teacher"))
-    return {**judge.losses(net), **judge.samples(net), "model": settings.model, "steps": settings.teacher_steps}
+    judge, net = WORKER["judge"], WORKER["teacher"]
+    return {**judge.losses(net), **judge.samples(net)}
 
 
 def recover(job):
@@ -111,7 +112,7 @@ def calibration_batches():
 
 CALIBRATION = 128
 RECOVERED = ("learned, full update", "block-influence", "BK-SDM")  # methods whose choices are recovered by all recipes
-LEARNED = {  # method -> how it differs from the published setting
+LEARNED = {  # method -> options of learn_layers
     "learned, full update": {},
     "learned, LoRA": {"update": "lora"},
     "learned, frozen weights": {"update": "none"},
@@ -179,20 +180,32 @@ def read_rows(path):
     return [json.loads(line) for line in lines]
 
 
-def run_jobs(jobs, path, settings, folder, processes):
-    """Do the jobs that `path` holds no rows of, and add theirs."""
-    rows = read_rows(path)
-    digest = digest_file(problem.teacher_path(settings, folder))
-    if any(row["digest"] != digest for row in rows if row["kind"] == "teacher"):
-        raise RunError(f"{path}: holds rows of another teacher; delete it, or bring back its teacher")
-    jobs = [{"kind": "teacher", "digest": digest}, *jobs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without half a last line
-    done = {key_of(row) for row in rows}
-    left = {}
+def unfinished(jobs, rows):
+    """The jobs that have no row; of equal ones the first, for a choice under several patterns is recovered once."""
+    done, left = {key_of(row) for row in rows}, {}
     for job in jobs:
         if key_of(job) not in done:
-            left.setdefault(key_of(job), job)  # a choice under several patterns is recovered once, as asked for first
-    jobs = list(left.values())
+            left.setdefault(key_of(job), job)
+    return list(left.values())
+
+
+def check_rows(rows, problem_row, path):
+    """Raise RunError if the rows are of another teacher or other settings."""
+    for row in rows:
+        if row["kind"] == "teacher" and any(row[name] != value for name, value in problem_row.items()):
+            raise RunError(
+                f"{path}: holds rows of another teacher or other settings; move it away, or bring these back"
+            )
+
+
+def run_jobs(jobs, path, settings, folder, processes):
+    """Do the jobs that `path` holds no rows of, and add theirs. Raises RunError for rows of another problem."""
+    rows = read_rows(path)
+    about = json.loads(json.dumps(asdict(settings)))  # tuples as lists, as they are read
+    teacher = {"kind": "teacher", "digest": digest_file(problem.teacher_path(settings, folder)), "settings": about}
+    check_rows(rows, teacher, path)
+    jobs = unfinished([teacher, *jobs], rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without half a last line
     if not jobs:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -200,6 +213,9 @@ def run_jobs(jobs, path, settings, folder, processes):
         ProcessPoolExecutor(processes, get_context("spawn"), prepare_worker, (settings, folder)) as pool,
         open(path, "a") as file,
     ):
-        for future in tqdm(as_completed([pool.submit(do, job) for job in jobs]), total=len(jobs), desc=path.stem):
+        waiting = [pool.submit(do, job) for job in jobs]
+        for future in tqdm(as_completed(waiting), total=len(jobs), desc=path.stem):
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)  # rows that were written stay
             file.write(json.dumps(future.result()) + "\n")
             file.flush()

@@ -63,7 +63,8 @@ class Judge:
         sampler = family.make_sampler(20, 2.0, **own)
         seed_everything(9)
         y = torch.arange(n) % (int(self.train.y.max()) + 1)
-        x = sampler(net, y, torch.randn(n, *self.train.x.shape[1:])).clamp(-1, 1)
+        low, high = self.train.x.min(), self.train.x.max()
+        x = sampler(net, y, torch.randn(n, *self.train.x.shape[1:])).clamp(low, high)
         distance = frechet_distance_of_features(small(x), small(self.train.x))
         return {
             "frechet": float(distance),

@@ -25,12 +25,18 @@ class Problem:
     lr: float = 1e-3
     patterns: tuple = ("1:2", "2:4", "6:12")
     recovery_compute: int = 600  # of the recipes that are compared, in steps of fine-tuning
+    is_quick: bool = False  # a form whose numbers mean nothing
     sampled: int = 300  # choices that are recovered where a pattern has more than that
 
     @property
     def family(self):
         """The family of the model."""
         return family_of(self.model)
+
+    @property
+    def title(self):
+        """What its files are called."""
+        return f"{Path(self.data).name}-{self.teacher}{'-quick' if self.is_quick else ''}"
 
     def make_objective(self):
         """What its networks are trained on."""
@@ -43,7 +49,14 @@ PROBLEMS = {"mnist": Problem("mnist"), "digits": Problem("digits", batch_size=64
 def quick(problem):
     """The same problem with so few steps and choices that it takes a minute or two."""
     return replace(
-        problem, teacher_steps=200, learning_steps=40, steps=20, recovery_compute=20, patterns=("1:2",), sampled=6
+        problem,
+        is_quick=True,
+        teacher_steps=200,
+        learning_steps=40,
+        steps=20,
+        recovery_compute=20,
+        patterns=("1:2",),
+        sampled=6,
     )
 
 
@@ -121,4 +134,4 @@ def write_teacher(problem, folder, state):
 
 def teacher_path(problem, folder):
     """Where it is kept."""
-    return Path(folder) / f"{Path(problem.data).name}-{problem.teacher}.pt"
+    return Path(folder) / f"{problem.title}.pt"

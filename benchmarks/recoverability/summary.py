@@ -8,11 +8,9 @@ def truth_of(rows, measure="loss", seed=0):
     return {tuple(row["kept"]): row[measure] for row in rows if row["kind"] == "truth" and row["seed"] == seed}
 
 
-def judge_choice(kept, truth, choices):
-    """(rank from 1, regret) of a choice among the recovered ones of its pattern."""
-    values = sorted(truth[tuple(each)] for each in choices)
-    own = truth[tuple(kept)]
-    return 1 + sum(value < own for value in values), own - values[0]
+def rank_among(kept, truth, drawn):
+    """1 + how many of the drawn choices become better than this one."""
+    return 1 + sum(truth[other] < truth[tuple(kept)] for other in drawn)
 
 
 def chosen_under(rows, pattern):
@@ -23,8 +21,8 @@ def chosen_under(rows, pattern):
 def summarize(rows, choices_of):
     """One dict per pattern and method, over its seeds; choices_of: {pattern: choices that were drawn to be recovered}.
 
-    The best is that of all known choices, those of the methods included. regret and rank are means, spread is the
-    deviation of the regret; calibration is the loss right after the cut.
+    regret: the mean loss above that of the best known choice, those of the methods included; spread: its deviation.
+    rank: the mean among the drawn ones. calibration: the loss right after the cut.
     """
     truth = truth_of(rows)
     calibration = {tuple(row["kept"]): row["calibration"] for row in rows if row["kind"] == "truth"}
@@ -34,9 +32,11 @@ def summarize(rows, choices_of):
             picked.setdefault((row["pattern"], row["method"]), []).append(row["chosen"])
     found = []
     for (pattern, method), chosen in picked.items():
-        known = {tuple(kept) for kept in choices_of[pattern]} | {tuple(kept) for kept in chosen_under(rows, pattern)}
-        known &= truth.keys()
-        ranks, regrets = zip(*(judge_choice(kept, truth, known) for kept in chosen), strict=True)
+        drawn = {tuple(kept) for kept in choices_of[pattern]} & truth.keys()
+        known = drawn | {tuple(kept) for kept in chosen_under(rows, pattern)} & truth.keys()
+        best = min(truth[kept] for kept in known)
+        ranks = [rank_among(kept, truth, drawn) for kept in chosen]
+        regrets = [truth[tuple(kept)] - best for kept in chosen]
         found.append(
             {
                 "pattern": pattern,
@@ -45,7 +45,7 @@ def summarize(rows, choices_of):
                 "regret": mean(regrets),
                 "spread": pstdev(regrets),
                 "rank": mean(ranks),
-                "of": len(known),
+                "of": len(drawn),
                 "loss": mean(truth[tuple(kept)] for kept in chosen),
                 "calibration": mean(calibration[tuple(kept)] for kept in chosen),
             }

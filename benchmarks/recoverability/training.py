@@ -108,9 +108,10 @@ def recover(problem, pictures, state, kept, recipe, seed, compute, look=None):
 
 
 def learn_layers(problem, pictures, state, pattern, seed, update="full", alpha=0.0, gate_lr=1e-3, lr=1e-4):
-    """The decision of prune_by_learning.py's method, by default at its published setting but for the number of steps.
+    """The decision of prune_by_learning.py's method, by default with its defaults and a full update.
 
-    update: of the weights: "full", "lora" or "none". alpha: share of the loss that compares with the teacher's output.
+    Steps and batches are smaller than published. update: of the weights, "full", "lora" or "none". alpha: share of the
+    loss that compares with the teacher's output.
     """
     seed_everything(1000 + seed)
     depth = len(make_network(problem, pictures, state).blocks)
@@ -121,7 +122,7 @@ def learn_layers(problem, pictures, state, pattern, seed, update="full", alpha=0
     step = TrainStep(net, objective)
     if alpha:
         step = DistillStep(net, make_network(problem, pictures, state), objective, (), alpha, beta=0.0)
-    average = Ema(gates, 0.9)
+    average = Ema(gates, 0.999)
     schedule = GateSchedule((4.0, 0.1), (100.0, 100.0), problem.learning_steps)
     optimize(
         step,

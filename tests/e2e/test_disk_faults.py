@@ -207,8 +207,8 @@ def in_a_fork(run):
     os.close(writer)
     with open(reader) as file:
         answer = file.read()
-    os.waitpid(child, 0)
-    return answer
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return f"ended with {status} {answer}" if status else answer
 
 
 def try_moments(words, folder, fault, every):
@@ -227,7 +227,7 @@ def try_moments(words, folder, fault, every):
     writes, whole = json.loads(answer), contents(folder)
     moments = [k for k, size in enumerate(sizes_of(writes)) if size > PAGE or fault not in SMALL]
     problems = []
-    for k in moments[every // 2 :: every]:
+    for k in moments[min(every, len(moments)) // 2 :: every]:
         remove_all(folder)
         size = sizes_of(writes)[k]
         problem = in_a_fork(functools.partial(judge_fault, words, folder, fault, k, size, whole))
@@ -278,8 +278,10 @@ SCRIPTS += ["prune_by_index", "prune_by_score", "evaluator", "evaluator, statist
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_fault(name, fault, teacher, latents, pictures, evaluation, tmp_path, monkeypatch):
-    """FAULTS=1 tries every write of every script; otherwise few."""
-    every = 1 if "FAULTS" in os.environ else 23
+    """FAULTS=1 tries every write of every script; otherwise few of some."""
+    if "FAULTS" not in os.environ and name != "train" and fault != "no byte":
+        pytest.skip("one of many; set FAULTS")
+    every = 1 if "FAULTS" in os.environ else 13
     monkeypatch.setattr("engine.extraction.SHARD", 20)
     words = words_of(name, teacher, latents, pictures, evaluation, tmp_path / "run")
     answer = in_a_fork(functools.partial(try_moments, words, tmp_path / "run", fault, every))

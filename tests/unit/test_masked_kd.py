@@ -5,7 +5,7 @@ import torch
 
 from diffusion import create_diffusion
 from diffusion.objectives import Draw, GaussianObjective
-from pruning.distillation import DistillStep, feature_weight, layer_pairs, mask_extremes, masked_feature_loss
+from pruning.distillation import DistillStep, feature_weight, layer_pairs, mask_extremes, masked_feature_loss, scales_to
 from pruning.patterns import parse_pattern
 
 D19 = "3:4x2,2:4,3:4,2:4,3:4x2"
@@ -139,6 +139,12 @@ def test_relative_weight(small_net, fixed_draw, batch):
     assert terms["feat_loss"].mean() > 1000 * terms["kd_loss"].mean()
     terms["loss"].mean().backward()
     assert student.blocks[2].mlp.fc2.weight.grad.abs().sum() > 0
+
+
+def test_scales_of_zero():
+    """Whatever the goal, what is zero stays zero."""
+    factors = scales_to(torch.tensor([9.0, 1.0]), torch.tensor([[0.0, 0.0], [1.0, 4.0]], dtype=torch.bfloat16))
+    assert factors.tolist() == [[0.0], [2.0]]
 
 
 def test_relative_weight_of_equal_hidden_states(small_net, fixed_draw, batch):

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.recoverability import jobs, problem, summary, training
+from engine.errors import RunError
 
 
 def truth(kept, loss, calibration=1.0):
@@ -36,10 +37,12 @@ def test_regret_and_rank():
     assert second["regret"] == pytest.approx(0.2)
 
 
-def test_choices_of_methods_count_as_known():
+def test_choices_of_methods_that_were_not_drawn():
+    """They may be the best, but ranks are among those that were drawn."""
     rows = [truth((0, 2), 0.3), truth((1, 3), 0.1), chosen("a", (0, 2)), chosen("b", (1, 3))]
     found = {row["method"]: row for row in summary.summarize(rows, {"1:2": [[0, 2]]})}
-    assert found["a"]["rank"] == 2
+    assert (found["a"]["rank"], found["b"]["rank"], found["b"]["of"]) == (1, 1, 1)
+    assert found["a"]["regret"] == pytest.approx(0.2)
     assert found["b"]["regret"] == 0
 
 
@@ -73,8 +76,28 @@ def test_jobs_are_done_once(tmp_path):
     done, left = jobs.truth_job([0, 2], draw=True), jobs.truth_job([0, 3])
     path.write_text(json.dumps({**jobs.truth_job([0, 2]), "loss": 0.1}) + "\n" + '{"kind": "truth", "kept": [0, 3]')
     assert [row["kept"] for row in jobs.read_rows(path)] == [[0, 2]]
-    assert jobs.key_of(jobs.read_rows(path)[0]) == jobs.key_of(done)
-    assert jobs.key_of(left) != jobs.key_of(done)
+    assert jobs.unfinished([done, left], jobs.read_rows(path)) == [left]
+
+
+def test_equal_jobs_are_done_as_first_asked_for():
+    first, again = jobs.truth_job([0, 2], draw=True), jobs.truth_job([0, 2])
+    assert jobs.unfinished([first, again], []) == [first]
+    assert [
+        job["draw"] for job in jobs.unfinished(jobs.list_jobs(problem.PROBLEMS["mnist"], 12, 1), []) if "draw" in job
+    ]
+
+
+def test_rows_of_another_problem():
+    row = {"kind": "teacher", "digest": "a", "settings": {"steps": 150}}
+    jobs.check_rows([{**row, "loss": 0.1}], row, "rows.jsonl")
+    for other in ({**row, "digest": "b"}, {**row, "settings": {"steps": 20}}):
+        with pytest.raises(RunError, match=r"rows.jsonl: holds rows of another teacher"):
+            jobs.check_rows([{**row, "loss": 0.1}], other, "rows.jsonl")
+
+
+def test_quick_form_has_files_of_its_own(tmp_path):
+    whole = problem.PROBLEMS["mnist"]
+    assert problem.teacher_path(whole, tmp_path) != problem.teacher_path(problem.quick(whole), tmp_path)
 
 
 @pytest.fixture

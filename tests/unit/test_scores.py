@@ -261,4 +261,5 @@ def test_choices_that_cannot_be(groups, stacks, how_many, message):
 def test_median_is_one_of_them():
     losses = torch.tensor([3.0, 1.0, 2.0, 1.0])
     assert [find_loss(losses, which) for which in ("lowest", "median", "highest")] == [1, 3, 0]
+    assert find_loss(torch.tensor([1.0, 2.0, 2.0]), "highest") == 1
     assert list(combinations(range(3), 2)) == list(all_choices([[2, 3]], (3,)))
