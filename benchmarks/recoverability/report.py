@@ -1,12 +1,14 @@
 """`python -m benchmarks.recoverability.report`: docs/results.md and docs/recoverability.png from all rows there are."""
 
 from pathlib import Path
+from statistics import median
 
 from matplotlib.figure import Figure
 
 from benchmarks.recoverability import jobs, problem, summary
 
 ROOT = Path(__file__).parents[2]
+DEPTH = 12  # of all teachers
 START = "<!-- tables by benchmarks/recoverability/report.py -->"
 
 
@@ -21,31 +23,43 @@ def read_problems(folder):
 
 
 def describe(settings, teacher, rows):
-    """Tables of one problem, as Markdown."""
-    choices = {name: jobs.choices_to_recover(name, 12, settings.sampled) for name in settings.patterns}
+    """Tables of one problem, as Markdown; of patterns all of whose drawn choices were recovered."""
+    drawn = {name: jobs.choices_to_recover(name, DEPTH, settings.sampled) for name in settings.patterns}
+    truth = summary.truth_of(rows)
+    whole = {name: choices for name, choices in drawn.items() if all(tuple(kept) in truth for kept in choices)}
     lines = [f"## {settings.data}, teacher {teacher}", ""]
-    for pattern, drawn in choices.items():
-        truth = [row for row in rows if row["kind"] == "truth" and row["kept"] in drawn and row["seed"] == 0]
-        if len(truth) < 3:
-            continue
-        losses, cuts = [row["loss"] for row in truth], [row["calibration"] for row in truth]
-        again = summary.truth_of(rows, seed=1)
-        twice = [(row["loss"], again[tuple(row["kept"])]) for row in truth if tuple(row["kept"]) in again]
+    for pattern, choices in drawn.items():
+        known = sum(tuple(kept) in truth for kept in choices)
         lines.append(
-            f"{pattern}: {len(truth)} of {len(drawn)} choices recovered, held-out loss {min(losses):.5f} to "
-            f"{max(losses):.5f}, median {sorted(losses)[len(losses) // 2]:.5f}; rank correlation of the loss after the "
-            f"cut and the final one {summary.rank_correlation(cuts, losses):.2f}"
-            + (
-                f", of two seeds of the recovery {summary.rank_correlation(*zip(*twice, strict=True)):.2f}"
-                if twice
-                else ""
-            )
-            + "."
+            f"- {describe_truth(pattern, rows, choices) if pattern in whole else describe_part(pattern, known)}"
         )
-        lines.append("")
-    lines += [summary.format_table(summary.summarize(rows, choices)), ""]
+    rows = [row for row in rows if row.get("pattern", next(iter(whole), "")) in whole]
+    lines += ["", summary.format_table(summary.summarize(rows, whole)), ""]
     recoveries = summary.summarize_recoveries(rows)
     return "\n".join(lines + ([summary.format_recoveries(recoveries), ""] if recoveries else []))
+
+
+def describe_part(pattern, known):
+    """A line on a pattern that is not finished."""
+    return f"{pattern}: {known} choices recovered so far; not shown below."
+
+
+def describe_truth(pattern, rows, choices):
+    """A line on what the choices under a pattern become."""
+    truth, again = (summary.truth_of(rows, seed=seed) for seed in (0, 1))
+    cuts = summary.truth_of(rows, "calibration")
+    losses = [truth[tuple(kept)] for kept in choices]
+    after_cut = [cuts[tuple(kept)] for kept in choices]
+    line = (
+        f"{pattern}: {len(choices)} choices recovered; held-out loss {min(losses):.5f} to {max(losses):.5f}, median "
+        f"{median(losses):.5f}. Rank correlation of the loss after the cut and the final one: "
+        f"{summary.rank_correlation(after_cut, losses):.2f}"
+    )
+    twice = [(truth[tuple(kept)], again[tuple(kept)]) for kept in choices if tuple(kept) in again]
+    if len(twice) < len(choices):
+        return f"{line}."
+    first, second = zip(*twice, strict=True)
+    return f"{line}; of two seeds of the recovery: {summary.rank_correlation(first, second):.2f}."
 
 
 def draw(problems, path):
@@ -54,7 +68,7 @@ def draw(problems, path):
     for axis, (settings, teacher, rows) in zip(
         figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True
     ):
-        drawn = jobs.choices_to_recover(settings.patterns[0], 12, settings.sampled)
+        drawn = jobs.choices_to_recover(settings.patterns[0], DEPTH, settings.sampled)
         truth = {tuple(row["kept"]): row for row in rows if row["kind"] == "truth" and row["seed"] == 0}
         dots = [truth[tuple(kept)] for kept in drawn if tuple(kept) in truth]
         axis.scatter([row["calibration"] for row in dots], [row["loss"] for row in dots], s=12, color="0.7")
