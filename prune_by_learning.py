@@ -104,8 +104,10 @@ def main(settings):
     original = settings.weights["load_weight"]
     config, share = network_config(data.dataset, space), TEACHER_SHARES[settings.target]
     start = NetworkStart(settings.model, {**config, "groups": groups}, original)
-    whole = NetworkStart(depth_name(settings.model, stack_layers(settings.model)), config, original)
-    networks = {"network": start, **({"teacher": whole} if share else {})}
+    networks = {"network": start}
+    if share:
+        plain_name = depth_name(settings.model, stack_layers(settings.model))
+        networks["teacher"] = NetworkStart(plain_name, config, original)
 
     def add_update(net):
         """Choose what is trained besides the gates; returns these parameters."""
@@ -125,8 +127,8 @@ def main(settings):
     set_routing(net, settings.dense, settings.gate_samples)
     weights = add_update(net)
     folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
-    teacher = run.freeze(whole.build(run.device)) if share else None
-    if teacher is not None and settings.compile:
+    teacher = run.freeze(networks["teacher"].build(run.device)) if share else None
+    if share and settings.compile:
         compile_blocks(teacher)
     step = make_step(net, teacher, settings.family.make_objective(**settings.own("train")), share).to(run.device)
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
