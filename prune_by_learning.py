@@ -62,15 +62,13 @@ def parse_args(argv=None):
 
 def choose_groups(model, pattern):
     """The N:M groups of --pattern, else of the model's name."""
-    from pruning.patterns import check_borders, format_pattern, parse_pattern
+    from pruning.patterns import format_pattern, parse_groups
 
     config = model_config(model)
     if pattern is None and "groups" not in config:
         raise InputError(f"--model {model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
     with flag_errors("--pattern", pattern):
-        groups = parse_pattern(pattern or format_pattern(config["groups"]), sum(stack_layers(model)))
-        check_borders(groups, stack_layers(model))
-        return groups
+        return parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
 
 
 def make_step(net, teacher, objective, share):

@@ -66,7 +66,7 @@ def parse_args(argv=None):
 
 def choose_groups(model, n_pruned, pattern):
     """The N:M groups of --pattern; with --n-pruned a single one over all layers."""
-    from pruning.patterns import check_borders, parse_pattern
+    from pruning.patterns import parse_groups
 
     stacks = stack_layers(model)
     depth = sum(stacks)
@@ -75,9 +75,7 @@ def choose_groups(model, n_pruned, pattern):
             raise InputError(f"--n-pruned {n_pruned}: {model} has {depth} layers; expected 1..{depth - 1}")
         return [[depth - n_pruned, depth]]
     with flag_errors("--pattern", pattern):
-        groups = parse_pattern(pattern, depth)
-        check_borders(groups, stacks)
-    return groups
+        return parse_groups(pattern, stacks)
 
 
 def list_choices(settings, groups):

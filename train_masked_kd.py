@@ -54,7 +54,7 @@ def parse_args(argv=None):
 def pair_layers(model, teacher, pattern, recorded):
     """Pairs by --pattern; else evenly; else by the pattern recorded with the weights or known of the release."""
     from pruning.distillation import even_groups, layer_pairs
-    from pruning.patterns import check_borders, parse_pattern
+    from pruning.patterns import parse_groups
 
     family = family_of(model)
     if family_of(teacher) is not family:
@@ -66,8 +66,7 @@ def pair_layers(model, teacher, pattern, recorded):
     is_even = all(t % s == 0 for s, t in zip(student_layers, teacher_layers, strict=True))
     text = pattern or (None if is_even else recorded or family.patterns.get(model))
     with flag_errors("--pattern", text or f"for --model {model} and --teacher {teacher}"):
-        groups = parse_pattern(text, sum(teacher_layers)) if text else even_groups(student_layers, teacher_layers)
-        check_borders(groups, teacher_layers)
+        groups = parse_groups(text, teacher_layers) if text else even_groups(student_layers, teacher_layers)
         return layer_pairs(sum(student_layers), sum(teacher_layers), groups)
 
 

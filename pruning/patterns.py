@@ -59,6 +59,13 @@ def check_borders(groups, stacks):
             raise ValueError(f"pattern {format_pattern(groups)}: {found}; end a group between them")
 
 
+def parse_groups(text, stacks):
+    """parse_pattern over all layers of these stacks; raises ValueError also for a group that crosses between two."""
+    groups = parse_pattern(text, sum(stacks))
+    check_borders(groups, stacks)
+    return groups
+
+
 def candidate_masks(n, m):
     """All ways to keep n of m layers: (candidates, m) of 0/1 in the order of `itertools.combinations`."""
     table = torch.zeros(math.comb(m, n), m, device="cpu")

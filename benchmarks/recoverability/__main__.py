@@ -38,15 +38,14 @@ def main():
     if not problem.teacher_path(settings, args.output).exists():
         print(f"training the teacher: {settings.teacher_steps} steps", flush=True)
         problem.write_teacher(settings, args.output, training.train_teacher(settings, train).state_dict())
-    depth = len(problem.make_network(settings, train).blocks)
     path = args.output / f"{settings.title}.jsonl"
 
-    jobs.run_jobs(jobs.list_jobs(settings, depth, args.seeds), path, settings, args.output, args.processes)
+    jobs.run_jobs(jobs.list_jobs(settings, args.seeds), path, settings, args.output, args.processes)
     chosen = [row["chosen"] for row in jobs.read_rows(path) if "chosen" in row]
     jobs.run_jobs([jobs.truth_job(kept) for kept in chosen], path, settings, args.output, args.processes)
     recoveries = jobs.list_recoveries(jobs.read_rows(path), settings.patterns[0], args.seeds)
     jobs.run_jobs(recoveries, path, settings, args.output, args.processes)
-    choices = {name: jobs.choices_to_recover(name, depth, settings.sampled) for name in settings.patterns}
+    choices = {name: jobs.choices_to_recover(name, settings.depth, settings.sampled) for name in settings.patterns}
     rows = jobs.read_rows(path)
     print(summary.format_table(summary.summarize(rows, choices)))
     print(summary.format_recoveries(summary.summarize_recoveries(rows)))

@@ -16,7 +16,7 @@ from engine.errors import RunError
 from engine.files import digest_file
 from engine.run import seed_everything
 from pruning.patterns import bk_sdm_layers, parse_pattern
-from pruning.scores import CRITERIA, count_layers, measure_losses
+from pruning.scores import CRITERIA, measure_losses
 from pruning.search import all_choices, choice_masks, find_loss
 
 WORKER = {}  # what a process keeps between jobs
@@ -82,7 +82,7 @@ def recover_by(job):
 
 def score(job):
     """The choice of a criterion that learns nothing."""
-    groups, net = parse_pattern(job["pattern"], count_layers(WORKER["teacher"])), WORKER["teacher"]
+    groups, net = parse_pattern(job["pattern"], WORKER["settings"].depth), WORKER["teacher"]
     if job["method"] == "BK-SDM":
         return {"chosen": bk_sdm_layers(groups)}
     seed_everything(2000 + job["seed"])
@@ -95,11 +95,10 @@ def score(job):
 def search(job):
     """The choice of the lowest, median or highest loss right after the cut, among those that are recovered."""
     settings, net = WORKER["settings"], WORKER["teacher"]
-    depth = count_layers(net)
     seed_everything(2000 + job["seed"])
     batches = calibration_batches()
-    choices = choices_to_recover(job["pattern"], depth, settings.sampled)
-    losses = measure_losses(net, WORKER["judge"].objective, batches, choice_masks(choices, depth))
+    choices = choices_to_recover(job["pattern"], settings.depth, settings.sampled)
+    losses = measure_losses(net, WORKER["judge"].objective, batches, choice_masks(choices, settings.depth))
     return {"chosen": choices[find_loss(losses, job["method"].split()[0])]}
 
 
@@ -138,11 +137,11 @@ def do(job):
     return {**shown, **found, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def list_jobs(settings, depth, seeds):
+def list_jobs(settings, seeds):
     """All jobs that depend on no other one: learning, and the truth about the choices under every pattern."""
     jobs = []
     for pattern in settings.patterns:
-        choices = choices_to_recover(pattern, depth, settings.sampled)
+        choices = choices_to_recover(pattern, settings.depth, settings.sampled)
         first = pattern == settings.patterns[0]
         for seed in range(2 if first else 1):
             jobs += [truth_job(kept, seed, draw=first and seed == 0) for kept in choices]

@@ -4,7 +4,7 @@ from functools import cached_property
 
 import torch
 
-from benchmarks.recoverability.training import seed_everything
+from engine.run import seed_everything
 from evaluation.metrics import frechet_distance_of_features
 
 DRAWS = 4  # of noise and time for every held-out picture, the same for all networks

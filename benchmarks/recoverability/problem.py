@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint import read_weights, save_weights
-from families import create_model, family_of
+from families import create_model, family_of, stack_layers
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Problem:
     def family(self):
         """The family of the model."""
         return family_of(self.model)
+
+    @property
+    def depth(self):
+        """Layers of the teacher."""
+        return sum(stack_layers(self.model))
 
     @property
     def title(self):

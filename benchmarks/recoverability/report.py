@@ -4,11 +4,11 @@ from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from benchmarks.recoverability import jobs, problem, summary
 
 ROOT = Path(__file__).parents[2]
-DEPTH = 12  # of all teachers
 START = "<!-- tables by benchmarks/recoverability/report.py -->"
 
 
@@ -24,7 +24,7 @@ def read_problems(folder):
 
 def describe(settings, teacher, rows):
     """Tables of one problem, as Markdown; of patterns all of whose drawn choices were recovered."""
-    drawn = {name: jobs.choices_to_recover(name, DEPTH, settings.sampled) for name in settings.patterns}
+    drawn = {name: jobs.choices_to_recover(name, settings.depth, settings.sampled) for name in settings.patterns}
     truth = summary.truth_of(rows)
     whole = {name: choices for name, choices in drawn.items() if all(tuple(kept) in truth for kept in choices)}
     lines = [f"## {settings.data}, teacher {teacher}", ""]
@@ -53,13 +53,13 @@ def describe_truth(pattern, rows, choices):
     line = (
         f"{pattern}: {len(choices)} choices recovered; held-out loss {min(losses):.5f} to {max(losses):.5f}, median "
         f"{median(losses):.5f}. Rank correlation of the loss after the cut and the final one: "
-        f"{summary.rank_correlation(after_cut, losses):.2f}"
+        f"{spearmanr(after_cut, losses).statistic:.2f}"
     )
     twice = [(truth[tuple(kept)], again[tuple(kept)]) for kept in choices if tuple(kept) in again]
     if len(twice) < len(choices):
         return f"{line}."
     first, second = zip(*twice, strict=True)
-    return f"{line}; of two seeds of the recovery: {summary.rank_correlation(first, second):.2f}."
+    return f"{line}; of two seeds of the recovery: {spearmanr(first, second).statistic:.2f}."
 
 
 def draw(problems, path):
@@ -68,7 +68,7 @@ def draw(problems, path):
     for axis, (settings, teacher, rows) in zip(
         figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True
     ):
-        drawn = jobs.choices_to_recover(settings.patterns[0], DEPTH, settings.sampled)
+        drawn = jobs.choices_to_recover(settings.patterns[0], settings.depth, settings.sampled)
         truth = {tuple(row["kept"]): row for row in rows if row["kind"] == "truth" and row["seed"] == 0}
         dots = [truth[tuple(kept)] for kept in drawn if tuple(kept) in truth]
         axis.scatter([row["calibration"] for row in dots], [row["loss"] for row in dots], s=12, color="0.7")

@@ -24,8 +24,7 @@ def summarize(rows, choices_of):
     regret: the mean loss above that of the best known choice, those of the methods included; spread: its deviation.
     rank: the mean among the drawn ones. calibration: the loss right after the cut.
     """
-    truth = truth_of(rows)
-    calibration = {tuple(row["kept"]): row["calibration"] for row in rows if row["kind"] == "truth"}
+    truth, calibration = truth_of(rows), truth_of(rows, "calibration")
     picked = {}
     for row in rows:
         if "chosen" in row and tuple(row["chosen"]) in truth:
@@ -51,25 +50,6 @@ def summarize(rows, choices_of):
             }
         )
     return sorted(found, key=lambda row: (row["pattern"], row["regret"]))
-
-
-def rank_correlation(first, second):
-    """Spearman's correlation of two lists of numbers."""
-    a, b = (ranks(values) for values in (first, second))
-    middle = (len(a) - 1) / 2
-    product = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
-    return product / (sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b)) ** 0.5
-
-
-def ranks(values):
-    """Ranks from 0; equal values share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    found = [0.0] * len(values)
-    for value in set(values):
-        places = [place for place, k in enumerate(order) if values[k] == value]
-        for place in places:
-            found[order[place]] = mean(places)
-    return found
 
 
 def format_table(found):

@@ -114,8 +114,7 @@ def learn_layers(problem, pictures, state, pattern, seed, update="full", alpha=0
     loss that compares with the teacher's output.
     """
     seed_everything(1000 + seed)
-    depth = len(make_network(problem, pictures, state).blocks)
-    net = make_network(problem, pictures, state, groups=parse_pattern(pattern, depth))
+    net = make_network(problem, pictures, state, groups=parse_pattern(pattern, problem.depth))
     gates = net.gumbel_gates
     weights = weight_update(net, update != "none", 8 if update == "lora" else None)
     objective = problem.make_objective()
