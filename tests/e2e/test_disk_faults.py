@@ -157,8 +157,10 @@ def judge_fault(words, folder, fault, moment, size, whole):
         before.update(contents(folder))
         break_disk(folder, size)
 
-    Writes(folder, moment, break_it)
+    watched = Writes(folder, moment, break_it)
     status, lines = run_words(words)
+    if len(watched.found) <= moment:
+        return "the fault did not happen"
     if status == 0:  # nothing that came later needed what is missing
         repair(folder)
         return check_whole(folder, whole, removed=before if fault == "removed" else ()) or ENDED
