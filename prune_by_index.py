@@ -69,7 +69,7 @@ def main(settings):
     from engine.sampling import SamplingPlan
     from engine.start import print_start
     from engine.vae import LatentSpace
-    from pruning.surgery import keep_layers
+    from pruning.surgery import cut_layers
 
     inputs = {"ckpt": settings.ckpt, "vae": settings.vae}
     check_writable("--save-model", settings.save_model, **inputs)
@@ -79,7 +79,7 @@ def main(settings):
     weights = settings.weights["ckpt"]
     weights.check_fit(settings.model, {**weights.read_config(settings.model), "num_classes": settings.num_classes})
     with flag_errors("--kept-indices" if settings.scheme is None else "--pattern", kept):
-        pruned = keep_layers(weights.state, kept)
+        pruned = cut_layers(weights.state, kept, settings.init)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     if settings.preview:
         plan.check()
@@ -87,7 +87,7 @@ def main(settings):
     print_start(settings, run)
     if settings.dry_run:
         return
-    facts["source"] = weights.path
+    facts |= {"source": weights.path, "init": settings.init}
     name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)

@@ -13,6 +13,7 @@ from families import depth_name, model_config, stack_layers
 from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
 
 TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
+GRADIENTS = ("straight-through", "pairs")
 COMMAND = Command(
     "prune_by_learning",
     __doc__,
@@ -31,12 +32,32 @@ COMMAND = Command(
         Flag("tau-range", "first and last temperature", [4.0, 0.1], type=above_zero, nargs=2),
         Flag("scaling-range", "first and last scaling", [100.0, 100.0], type=above_zero, nargs=2),
         Flag(
+            "candidates",
+            "of a group: all ways to keep N of its M layers, or those that drop neighbours, few where M is large",
+            "all",
+            choices=("all", "contiguous"),
+        ),
+        Flag(
             "target",
             "what gates and update learn to predict: the data, the whole network's output, or half of each",
             "data",
             choices=tuple(TEACHER_SHARES),
         ),
+        Flag(
+            "gate-gradient",
+            "of the gates: the published one, or the difference of the losses of two choices for every image, which "
+            "has no bias but takes two passes (so --global-batch-size of half as many images costs the same)",
+            "straight-through",
+            choices=GRADIENTS,
+        ),
         Flag("gate-samples", "share of skipped samples that gates learn from", 1.0, type=number(float, 0.01, 1)),
+        Flag(
+            "init",
+            "what kept layers start from: their own weights, these with the learned update, or "
+            "the average with the dropped layers nearest to them",
+            "kept",
+            choices=("kept", "learned", "average"),
+        ),
         switch("dense", "also run the backward of skipped samples (slower)"),
         Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
         Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
@@ -53,8 +74,12 @@ def parse_args(argv=None):
     settings = COMMAND.resolve(argv)
     if settings.dense and settings.gate_samples < 1:
         raise InputError("--gate-samples: has no meaning with --dense, which runs all samples")
+    if settings.gate_gradient == "pairs" and settings.gate_samples < 1:
+        raise InputError("--gate-samples: has no meaning with --gate-gradient pairs, which runs no skipped samples")
     if settings.lora and not settings.delta_w:
         raise InputError("--lora: needs --delta-w; without it only the gates are learnt")
+    if settings.init == "learned" and not settings.delta_w:
+        raise InputError("--init learned: needs --delta-w; without it no weights are learnt")
     if not settings.load_weight:
         raise InputError("--load-weight: missing; give the weights out of which the kept layers are cut")
     return settings
@@ -71,11 +96,14 @@ def choose_groups(model, pattern):
         return parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
 
 
-def make_step(net, teacher, objective, share):
+def make_step(net, teacher, objective, share, gradient):
     """The training step; share: of the loss that compares with the output of the `teacher`, which is not trained."""
     from diffusion.objectives import TrainStep
     from pruning.distillation import DistillStep
+    from pruning.pairs import PairStep
 
+    if gradient == "pairs":
+        return PairStep(net, objective, share, teacher)
     return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
 
 
@@ -89,9 +117,9 @@ def main(settings):
     from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.gates import GateSchedule, decide, set_routing
-    from pruning.lora import weight_update
+    from pruning.lora import learned_weights, weight_update
     from pruning.patterns import format_pattern
-    from pruning.surgery import keep_layers
+    from pruning.surgery import cut_layers
 
     groups = choose_groups(settings.model, settings.pattern)
     run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
@@ -108,7 +136,9 @@ def main(settings):
         networks["teacher"] = NetworkStart(plain_name, config, original)
 
     def add_update(net):
-        """Choose what is trained besides the gates; returns these parameters."""
+        """Choose what is trained besides the gates, and among what these choose; returns these parameters."""
+        if settings.candidates == "contiguous":
+            net.gumbel_gates.drop_neighbours_only()
         weights = weight_update(net, settings.delta_w, settings.lora_rank if settings.lora else None)
         cast_frozen_weights(net, run.precision)
         return weights
@@ -128,7 +158,8 @@ def main(settings):
     teacher = run.freeze(networks["teacher"].build(run.device)) if share else None
     if share and settings.compile:
         compile_blocks(teacher)
-    step = make_step(net, teacher, settings.family.make_objective(**settings.own("train")), share).to(run.device)
+    objective = settings.family.make_objective(**settings.own("train"))
+    step = make_step(net, teacher, objective, share, settings.gate_gradient).to(run.device)
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
     trainer = Trainer(run, step, rates, gates, settings.make(TrainingOptions))
     averaged = trainer.ema.module
@@ -145,8 +176,11 @@ def main(settings):
     kept, confidence = decide(averaged)
     folder.log(f"[!] Final Decision: {kept}")
     folder.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
-    facts = {"source": original.name, "kept": kept, "pattern": format_pattern(groups), "confidence": confidence}
-    on_main(lambda: save_pruned(run, save_model, keep_layers(original.state, kept), settings.model, space, **facts))
+    facts = {"source": original.name, "kept": kept, "init": settings.init, "pattern": format_pattern(groups)}
+    facts["confidence"] = confidence
+    state = learned_weights(net, original.state) if settings.init == "learned" else original.state
+    pruned = cut_layers(state, kept, settings.init)
+    on_main(lambda: save_pruned(run, save_model, pruned, settings.model, space, **facts))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def main(settings):
     from engine.vae import LatentSpace
     from pruning.patterns import format_pattern
     from pruning.scores import CRITERIA
-    from pruning.surgery import keep_layers
+    from pruning.surgery import cut_layers
 
     inputs = {"ckpt": settings.ckpt, "vae": settings.vae, "data_path": settings.data_path}
     check_writable("--save-model", settings.save_model, **inputs)
@@ -180,9 +180,9 @@ def main(settings):
         )
         kept, facts = rank(settings, run, criterion, (net, objective, batches), groups)
     pattern = {"pattern": format_pattern(groups)} if settings.pattern else {}
-    facts = {"source": weights.path, "kept": kept, **pattern, **facts}
+    facts = {"source": weights.path, "kept": kept, "init": settings.init, **pattern, **facts}
     with flag_errors("--n-pruned", settings.n_pruned):
-        pruned = keep_layers(weights.state, kept)
+        pruned = cut_layers(weights.state, kept, settings.init)
     name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)

@@ -10,7 +10,7 @@ from engine.errors import InputError, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
 from engine.settings import TYPED
 from families import family_of, model_name, stack_layers
-from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share
+from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share, whole
 
 COMMAND = Command(
     "train_masked_kd",
@@ -32,6 +32,12 @@ COMMAND = Command(
             "in place of --beta: that weight relative to the output distillation, to which each layer's loss is scaled",
             type=amount,
             shown="none",
+        ),
+        Flag(
+            "interval-steps",
+            "first steps, in which each part of the student learns the teacher's map over its own layers alone",
+            0,
+            type=whole,
         ),
         Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=limit),
     ),
@@ -107,6 +113,7 @@ def main(settings):
     trainer = Trainer(run, step.to(run.device), groups, net, options, schedule)
 
     def before_step(k):
+        step.intervals = k < settings.interval_steps
         step.beta = feature_weight(beta, k // data.steps_per_epoch, settings.epochs)
 
     folder.log(f"layer pairs (student, teacher): {pairs}")

@@ -22,6 +22,7 @@ from families.flags import (
     whole,
 )
 
+STARTS = ("kept", "average")
 FLAGS = [
     Flag(
         "model",
@@ -49,6 +50,12 @@ FLAGS = [
     Flag("cfg-scale", "guidance scale; up to 1 means no guidance", 4.0, type=amount),
     Flag("num-sampling-steps", "steps of the sampler", 250, type=count),
     Flag("seed", "seed of noise and random choices", 0, type=whole),
+    Flag(
+        "init",
+        "what kept layers start from: their own weights, or the average with the dropped layers nearest to them",
+        "kept",
+        choices=STARTS,
+    ),
     switch("preview", "also sample a grid from the pruned network, as <save-model>.png"),
     Flag("epochs", "passes over the data", 1400, type=count, group=TRAINING),
     Flag("global-batch-size", "images per step over all processes", 256, type=count, group=TRAINING),
@@ -98,7 +105,7 @@ TRAINING_FLAGS = (
     "log-every ckpt-every keep-checkpoints keep-every "
     "num-workers precision device compile grad-checkpointing grad-accumulation dry-run"
 )
-PRUNING_FLAGS = f"ckpt no-ema save-model {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
+PRUNING_FLAGS = f"ckpt no-ema save-model init {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
 SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision device compile"
 
 

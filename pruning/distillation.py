@@ -78,6 +78,8 @@ class DistillStep(nn.Module):
 
     `pairs` may be empty (no feature loss). relative: beta is relative to the output distillation, to whose mean over
     the batch, as this process sees it, every pair's loss is scaled; published betas differ 50 times between networks.
+    intervals: while it is set, the student goes on from the teacher's tokens after every pair, so that each part of it
+    learns the teacher's map over its own interval, apart from the others; the original loss and beta then play no part.
     The teacher stays out of the module tree: neither broadcast nor saved.
     """
 
@@ -85,6 +87,7 @@ class DistillStep(nn.Module):
         super().__init__()
         self.net, self.objective, self.pairs = net, objective, list(pairs)
         self.alpha, self.beta, self.k, self.relative = alpha, beta, k, relative
+        self.intervals = False
         self._teacher = (teacher.eval().requires_grad_(False),)
 
     def forward(self, x, y):
@@ -99,7 +102,9 @@ class DistillStep(nn.Module):
 
         def compare(layer, before, after):
             if layer in targets:
-                losses.append(masked_feature_loss(after, targets.pop(layer), self.k))
+                target = targets.pop(layer)
+                losses.append(masked_feature_loss(after, target, self.k))
+                return target if self.intervals else None
 
         with torch.no_grad():
             goal = self.objective.predict(self._teacher[0], x, y, draw, observe=keep_target)
@@ -108,6 +113,8 @@ class DistillStep(nn.Module):
         gt = terms.pop("loss")
         terms |= self.objective.match(prediction, goal, x, draw)
         features = torch.stack(losses) if losses else torch.zeros_like(gt)[None]  # (pairs, N)
+        if self.intervals:
+            return {"loss": terms["kd_loss"] + features.mean(0), "gt": gt, "feat_loss": features.mean(0), **terms}
         weights = scales_to(terms["kd_loss"], features) if self.relative else 1.0
         loss = self.alpha * terms["kd_loss"] + (1 - self.alpha) * gt + self.beta * (features * weights).mean(0)
         return {"loss": loss, "gt": gt, "feat_loss": features.mean(0), **terms}

@@ -27,7 +27,8 @@ class BlockStack(nn.ModuleList):
         """Run the blocks on tokens x (N, T, D).
 
         mask: (N, L) of 0/1, blends each block with the identity, per sample. kept: layers to run, others are skipped.
-        observe: called as observe(layer, tokens_before, tokens_after) after every block that runs.
+        observe: called as observe(layer, tokens_before, tokens_after) after every block that runs; tokens that it
+        returns are passed on in place of the block's.
         """
         routes = Routes(mask, self.gate_samples) if mask is not None and not self.dense else None
         for layer, block in enumerate(self):
@@ -41,9 +42,8 @@ class BlockStack(nn.ModuleList):
                     # This form returns x or block(x) exactly for 0 and 1; x + m * (block(x) - x) would not.
                     m = mask[:, layer].to(out.dtype).view(-1, *[1] * (x.ndim - 1))
                     out = out * m + x * (1 - m)
-            if observe is not None:
-                observe(layer, x, out)
-            x = out
+            replaced = observe(layer, x, out) if observe is not None else None
+            x = out if replaced is None else replaced
         return x
 
     def run(self, block, *inputs):
@@ -64,6 +64,14 @@ def set_routing(model, dense, gate_samples):
         stack.dense, stack.gate_samples = dense, gate_samples
 
 
+def is_contiguous(masks, count):
+    """Which of the masks (C, M) with `count` ones have them side by side: (C,) bool."""
+    places = torch.arange(masks.shape[1], device=masks.device)
+    last = (masks * places).amax(1)
+    first = (masks * places.flip(0)).amax(1)
+    return last - (masks.shape[1] - 1 - first) <= count - 1
+
+
 class LayerGates(nn.ParameterList):
     """One logit per candidate of every N:M group, sampled by a straight-through Gumbel-softmax (paper, section 3.3).
 
@@ -79,6 +87,14 @@ class LayerGates(nn.ParameterList):
         for g, table in enumerate(tables):
             self.register_buffer(f"candidates_{g}", table, persistent=False)
 
+    def drop_neighbours_only(self):
+        """Leave only the candidates whose dropped layers follow each other: 8 of the 3,432 of 7:14."""
+        for g, (n, m) in enumerate(self.groups):
+            table = self.get_buffer(f"candidates_{g}")
+            rows = is_contiguous(1 - table, m - n)
+            setattr(self, f"candidates_{g}", table[rows])
+            self[g] = nn.Parameter(self[g].detach()[:, rows])
+
     def draw_gumbel(self, n):
         """Gumbel noise, one (n, candidates) tensor per group."""
         return [-torch.empty(n, p.shape[1], dtype=p.dtype, device=p.device).exponential_().log() for p in self]
@@ -92,6 +108,19 @@ class LayerGates(nn.ParameterList):
                 soft = ((self[g] * self.scaling + noise) / self.tau).softmax(-1)
                 masks.append(table[soft.argmax(-1)] + (soft - soft.detach()) @ table)
         return torch.cat(masks, dim=1)
+
+    def choose(self, n):
+        """Choose one candidate per group for each of n samples, as likely as the logits say at any temperature.
+
+        Returns the mask (n, L) of 0/1 without gradients, and the log-probability (n,) of each sample's choice.
+        """
+        masks, total = [], torch.zeros((), device=self[0].device)
+        for g, logits in enumerate(self):
+            log_probability = (logits[0] * self.scaling).log_softmax(-1)
+            chosen = log_probability.detach().exp().multinomial(n, replacement=True)
+            masks.append(self.get_buffer(f"candidates_{g}")[chosen])
+            total = total + log_probability[chosen]
+        return torch.cat(masks, dim=1), total
 
 
 class Decision(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +40,24 @@ def add_lora(model, rank, alpha=None):
         setattr(model.get_submodule(parent), child, adapted)
         adapters += [adapted.lora_a.weight, adapted.lora_b.weight]
     return adapters
+
+
+@torch.no_grad()
+def learned_weights(net, original):
+    """The state dict `original` with the update that a network which started from it has learnt, on the CPU.
+
+    Adapters are added to their matrices in float32; frozen weights are those of `original`.
+    """
+    learned = dict(original)
+    for name, module in net.named_modules():
+        if isinstance(module, LoRALinear):
+            update = module.scale * (module.lora_b.weight.float() @ module.lora_a.weight.float())
+            weight = original[f"{name}.weight"]
+            learned[f"{name}.weight"] = (weight.float() + update.to(weight.device)).to(weight.dtype)
+    for name, p in net.named_parameters():
+        if p.requires_grad and name in original:
+            learned[name] = p.detach().to(original[name].device, original[name].dtype)
+    return learned
 
 
 def weight_update(model, delta_w, lora_rank=None):

@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 BLOCK_KEY = re.compile(r"((?:encoder_|decoder_)?blocks)\.(\d+)\.(.+)")
 
 
@@ -23,6 +25,31 @@ def check_layers(kept, depth):
             raise ValueError(f"has {layer}, but the layers are 0..{depth - 1}")
         if kept.count(layer) > 1:
             raise ValueError(f"names layer {layer} {kept.count(layer)} times: name each layer once")
+
+
+def average_dropped(state, kept):
+    """State dict in which every layer in `kept` is the mean of itself and the dropped layers that it is nearest to.
+
+    Within a stack; of two kept layers as near as each other the earlier takes the dropped one in.
+    """
+    merged, start = dict(state), 0
+    for stack, depth in stack_depths(state).items():
+        stay = [layer - start for layer in sorted(kept) if start <= layer < start + depth]
+        members = {layer: [] for layer in stay}
+        for layer in range(depth if stay else 0):
+            members[min(stay, key=lambda each, layer=layer: (abs(each - layer), each))].append(layer)
+        for key, value in state.items():
+            match = BLOCK_KEY.fullmatch(key)
+            if match and match[1] == stack and int(match[2]) in members:
+                parts = [state[f"{stack}.{layer}.{match[3]}"].double() for layer in members[int(match[2])]]
+                merged[key] = torch.stack(parts).mean(0).to(value.dtype)
+        start += depth
+    return merged
+
+
+def cut_layers(state, kept, init="kept"):
+    """keep_layers with the start that `--init` names: the kept layers' own weights, or "average" of average_dropped."""
+    return keep_layers(average_dropped(state, kept) if init == "average" else state, kept)
 
 
 def keep_layers(state, kept):

@@ -13,7 +13,7 @@ from engine.errors import InputError
 from engine.sampling import ImageDraws
 from families import FAMILIES
 from pruning.patterns import candidate_masks, parse_pattern
-from pruning.surgery import keep_layers
+from pruning.surgery import average_dropped, keep_layers
 
 TRAIN = ["--epochs", "1", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "2"]
 
@@ -162,6 +162,51 @@ def test_learning_from_the_output(family, latents, tmp_path, run_script, target,
     assert config["sizes"]["parameters"].keys() == {"network", "teacher"}
 
 
+@pytest.mark.parametrize("target", ["data", "both"])
+def test_learning_from_pairs(family, latents, tmp_path, run_script, target):
+    """--gate-gradient pairs moves gates and weights, and says what it does at --target."""
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    flags += [
+        "--gate-gradient",
+        "pairs",
+        "--candidates",
+        "contiguous",
+        "--pattern",
+        "2:4,1:2,2:4,1:2",
+        "--target",
+        target,
+    ]
+    run_script("prune_by_learning", "--model", family.model, *flags, "--delta-w")
+    folder = tmp_path / f"learn_mask-{family.folder.name}"
+    state = read_file(folder / "checkpoints" / "0000004.pt", "--resume")
+    for g, candidates in enumerate((3, 2, 3, 2)):
+        assert not torch.equal(state["model"][f"gumbel_gates.{g}"], torch.full((1, candidates), 0.02))
+    weight = next(key for key in state["model"] if key.endswith("blocks.0.attn.qkv.weight"))
+    assert not torch.equal(state["model"][weight], family.state[weight])
+    for row in metrics(folder)[1:]:
+        assert ("kd_loss" in row) == (target == "both")
+        if target == "both":
+            assert row["loss"] == pytest.approx((row["kd_loss"] + row["gt"]) / 2, rel=1e-4)
+    for start in (0, 6):
+        dropped = [layer for layer in range(start, start + 4) if layer not in read_facts(folder / "pruned.pt")["kept"]]
+        assert dropped[1] == dropped[0] + 1
+
+
+@pytest.mark.parametrize("update", ["--delta-w", "--delta-w --lora"])
+def test_learning_keeps_its_update(family, latents, tmp_path, run_script, update):
+    """With --init learned the file holds what the gates were trained with, as plain weights."""
+    out = tmp_path / "pruned.pt"
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    flags += ["--save-model", out, "--init", "learned", *update.split()]
+    run_script("prune_by_learning", "--model", family.gated, *flags)
+    facts, learned = read_facts(out), read_weights(out, "--ckpt")
+    assert facts["init"] == "learned"
+    plain = keep_layers(family.state, facts["kept"])
+    assert learned.keys() == plain.keys()
+    weight = next(key for key in plain if key.endswith("blocks.0.mlp.fc1.weight"))
+    assert 0 < (learned[weight] - plain[weight]).abs().max() < 1e-2
+
+
 def test_learning_moves_the_gates(family, latents, tmp_path, run_script):
     """A gated name needs no pattern; gates and their averages move, frozen weights do not."""
     flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
@@ -258,6 +303,17 @@ def test_index(family, tmp_path, run_script, same_weights, choice, kept, suffix)
     assert sorted(f.name for f in tmp_path.iterdir()) == [out.name, f"{out.name}.json"]
 
 
+def test_index_with_averages(family, tmp_path, run_script, same_weights):
+    """With --init average the dropped layers go into the kept ones, and the facts say so."""
+    out, kept = tmp_path / "pruned.pt", [0, 2, 5, 7, 8, 11]
+    flags = ["--kept-indices", str(kept), "--init", "average", "--save-model", out]
+    run_script("prune_by_index", "--ckpt", family.weights, *flags)
+    assert read_facts(out)["init"] == "average"
+    found, plain = read_weights(out, "--ckpt"), keep_layers(family.state, kept)
+    same_weights(found, keep_layers(average_dropped(family.state, kept), kept))
+    assert any(not torch.equal(found[key], plain[key]) for key in plain)
+
+
 def test_preview_of_a_training_checkpoint(teacher, tmp_path, run_script, same_weights):
     """Pruning a run's checkpoint takes its averaged weights; --preview adds a grid of eight pictures."""
     out = tmp_path / "pruned.pt"
@@ -297,6 +353,18 @@ def test_masked_kd(family, latents, tmp_path, run_script, epochs):
     start = read_weights(family.student, "--ckpt")
     state = read_file(max((folder / "checkpoints").glob("*.pt")), "--resume")
     assert state["model"].keys() == state["ema"].keys() == start.keys()
+
+
+def test_interval_start(family, latents, tmp_path, run_script):
+    """Two steps apart, two joined: the loss is put together in two ways."""
+    flags = ["--load-weight", family.student, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    flags += ["--teacher", family.model, "--load-teacher", family.weights, "--interval-steps", 2]
+    run_script("train_masked_kd", *flags)
+    rows = [row for row in metrics(tmp_path / family.half.replace("/", "-")) if "loss" in row]
+    apart, joined = rows
+    assert apart["loss"] == pytest.approx(apart["kd_loss"] + apart["feat_loss"], rel=1e-4)
+    parts = 0.9 * joined["kd_loss"] + 0.1 * joined["gt"] + joined["beta"] * joined["feat_loss"]
+    assert joined["loss"] == pytest.approx(parts, rel=1e-4)
 
 
 def test_hybrid_pattern_to_masked_kd(family, latents, tmp_path, run_script):

@@ -62,6 +62,12 @@ CASES = {
     "malformed pattern": (f"{LEARN} --pattern 2-4", "--pattern 2-4", "expected N:M"),
     "no pattern": (LEARN, "--model DiT-T/2", "no gates", "--pattern"),
     "pairs do not fit": (f"{KD} --load-teacher {{teacher}} --pattern 1:4", "--pattern 1:4", "keeps 3 of 12"),
+    "pairs and gate-samples": (
+        f"{LEARN} --pattern 1:2 --gate-gradient pairs --gate-samples 0.5",
+        "--gate-samples",
+        "no meaning with --gate-gradient pairs",
+    ),
+    "learned start": (f"{LEARN} --pattern 1:2 --init learned", "--init learned", "needs --delta-w"),
     "tau": (f"{LEARN} --pattern 1:2 --tau-range 4", "--tau-range", "expected 2 arguments"),
     "tau 0": (f"{LEARN} --pattern 1:2 --tau-range 4 0", "--tau-range", "0: expected a number above 0"),
     # weights

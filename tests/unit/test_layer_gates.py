@@ -26,6 +26,20 @@ def test_initial_state():
     assert set(gates.state_dict()) == {"0", "1"}
 
 
+@pytest.mark.parametrize(("group", "candidates"), [((7, 14), 8), ((2, 4), 3), ((1, 2), 2), ((3, 4), 4), ((4, 4), 1)])
+def test_neighbours_only(group, candidates):
+    """What is left are the ways to drop M - N layers in a row, each once."""
+    gates = LayerGates([group, [1, 2]], group[1] + 2)
+    gates.drop_neighbours_only()
+    table = gates.get_buffer("candidates_0")
+    n, m = group
+    expected = {tuple(range(start, start + m - n)) for start in range(n + 1)} if n < m else {()}
+    assert {tuple((row == 0).nonzero().flatten().tolist()) for row in table} == expected
+    assert (len(table), tuple(gates[0].shape)) == (candidates, (1, candidates))
+    assert (gates.draw(50)[:, :m].sum(1) == n).all()
+    assert decide(gates).kept[-1] in (m, m + 1)
+
+
 @pytest.mark.parametrize(("tau", "scaling"), [(4.0, 100.0), (0.1, 100.0), (1.0, 1.0)])
 def test_mask_is_one_candidate_per_group(tau, scaling):
     """Every value is exactly 0 or 1, and every group keeps as many layers as its pattern says."""

@@ -6,7 +6,7 @@ import torch
 from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective, TrainStep
 from families import create_model
-from pruning.lora import LoRALinear, add_lora, weight_update
+from pruning.lora import LoRALinear, add_lora, learned_weights, weight_update
 
 GROUPS = [[1, 2]] * 3
 
@@ -65,3 +65,32 @@ def test_what_is_trained(small_net, batch, update):
     adapters = {name for name in before if "lora_" in name}
     expected = {"lora": adapters | gates, "full": set(before) - {"pos_embed"}, "none": gates}[update]
     assert moved == expected
+
+
+@pytest.mark.parametrize("update", ["lora", "full", "none"])
+def test_learned_weights(small_net, batch, update):
+    """The plain network of the learned weights computes what the network that learnt them does."""
+    original = small_net(6).state_dict()
+    net = small_net(6, groups=GROUPS)
+    net.load_state_dict(original, strict=False)
+    weights = weight_update(net, update != "none", 4 if update == "lora" else None)
+    torch.manual_seed(1)
+    for p in weights:
+        p.data += 0.02 * torch.randn_like(p)
+    plain = small_net(6)
+    learned = learned_weights(net, original)
+    plain.load_state_dict(learned)
+    every = torch.ones(4, 6)
+    torch.testing.assert_close(plain(*batch), net(*batch, mask=every), rtol=1e-4, atol=1e-5)
+    assert (update == "none") == all(torch.equal(learned[key], original[key]) for key in original)
+
+
+def test_frozen_weights_stay_as_precise_as_they_were(small_net):
+    """A network whose frozen matrices were cast for the compute gives back the original ones, adapters added."""
+    original = small_net(6).state_dict()
+    net = small_net(6, groups=GROUPS)
+    net.load_state_dict(original, strict=False)
+    weight_update(net, True, 4)
+    net.blocks[0].attn.qkv.weight.data = net.blocks[0].attn.qkv.weight.data.bfloat16()
+    learned = learned_weights(net, original)
+    assert all(torch.equal(learned[key], original[key]) for key in original)

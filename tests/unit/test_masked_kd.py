@@ -141,6 +141,41 @@ def test_relative_weight(small_net, fixed_draw, batch):
     assert student.blocks[2].mlp.fc2.weight.grad.abs().sum() > 0
 
 
+def test_intervals_are_learnt_apart(small_net, fixed_draw, batch):
+    """A part between two pairs starts from the teacher's tokens: its gradients know nothing of the parts before it."""
+    student, teacher, pairs = small_net(4), small_net(6, seed=1), [(1, 1), (2, 4), (3, 5)]
+    step = DistillStep(student, teacher, fixed_draw(), pairs, k=float("inf"))
+    step.intervals = True
+
+    def part_gradients():
+        student.zero_grad()
+        terms = step(batch[0], batch[2])
+        terms["loss"].mean().backward()
+        return terms, [block.mlp.fc2.weight.grad.clone() for block in student.blocks]
+
+    terms, before = part_gradients()
+    assert all(gradient.abs().sum() > 0 for gradient in before)
+    torch.testing.assert_close(terms["loss"], terms["kd_loss"] + terms["feat_loss"])
+    student.blocks[1].mlp.fc2.bias.data += 1.0  # of the first part
+    _, after = part_gradients()
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [False, False, True, True]
+
+
+def test_interval_of_equal_layers_has_nothing_to_learn(small_net, fixed_draw, batch):
+    """The teacher's own layers over one interval, with another layer before them."""
+    teacher, other = small_net(4), small_net(4, seed=1)
+    student = small_net(4)
+    student.blocks[0] = other.blocks[0]
+    losses = []
+    for pairs in ([(0, 0), (3, 3)], [(3, 3)]):
+        step = DistillStep(student, teacher, fixed_draw(), pairs)
+        step.intervals = True
+        losses.append(step(batch[0], batch[2])["feat_loss"] * len(pairs))
+    alone = DistillStep(student, teacher, fixed_draw(), [(0, 0)])(batch[0], batch[2])["feat_loss"]
+    torch.testing.assert_close(losses[0], alone)  # nothing but the other layer's part
+    assert (losses[1] > 0).all()
+
+
 def test_scales_of_zero():
     """Whatever the goal, what is zero stays zero."""
     factors = scales_to(torch.tensor([9.0, 1.0]), torch.tensor([[0.0, 0.0], [1.0, 4.0]], dtype=torch.bfloat16))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pruning.scores import BlockInfluence, least_influential
-from pruning.surgery import keep_layers, stack_depths
+from pruning.surgery import average_dropped, cut_layers, keep_layers, stack_depths
 
 
 def fake_state(*keys):
@@ -50,6 +50,28 @@ def test_errors(kept, message):
     state = fake_state(*(f"encoder_blocks.{i}.w" for i in range(3)), *(f"decoder_blocks.{i}.w" for i in range(3)))
     with pytest.raises(ValueError, match=message):
         keep_layers(state, kept)
+
+
+def test_average_of_dropped_layers():
+    """Each dropped layer goes into the nearest kept one of its stack, the earlier of two; the rest stays."""
+    state = fake_state(*(f"encoder_blocks.{i}.w" for i in range(5)), *(f"decoder_blocks.{i}.w" for i in range(3)), "x")
+    merged = average_dropped(state, [1, 3, 6])
+    assert merged["encoder_blocks.1.w"].item() == pytest.approx((0 + 1 + 2) / 3)
+    assert merged["encoder_blocks.3.w"].item() == pytest.approx((3 + 4) / 2)
+    assert merged["decoder_blocks.1.w"].item() == pytest.approx((5 + 6 + 7) / 3)
+    assert merged["x"] is state["x"]
+    assert merged["encoder_blocks.1.w"].dtype == torch.float32
+    cut = cut_layers(state, [1, 3, 6], "average")
+    assert {key: value.item() for key, value in cut.items()} == pytest.approx(
+        {"encoder_blocks.0.w": 1, "encoder_blocks.1.w": 3.5, "decoder_blocks.0.w": 6, "x": 8}
+    )
+    assert cut_layers(state, [1, 3, 6])["encoder_blocks.0.w"] is state["encoder_blocks.1.w"]
+
+
+def test_average_of_equal_layers_is_the_layer():
+    """In half precision too."""
+    state = {f"blocks.{i}.w": torch.full((3,), 0.1, dtype=torch.float16) for i in range(3)}
+    assert torch.equal(average_dropped(state, [1])["blocks.1.w"], state["blocks.1.w"])
 
 
 def test_cut_network_loads(small_net, batch):
