@@ -26,7 +26,7 @@ def parse_args():
 def choose_problem(flags):
     """The Problem that the flags describe."""
     found = problem.PROBLEMS.get(flags.data, problem.Problem(flags.data))
-    found = replace(found, teacher=flags.teacher)
+    found = replace(found, teacher=flags.teacher, sampled=found.sampled if flags.teacher == 0 else 100)
     return problem.quick(found) if flags.quick else found
 
 
@@ -40,13 +40,15 @@ def main():
         problem.write_teacher(settings, args.output, training.train_teacher(settings, train).state_dict())
     path = args.output / f"{settings.title}.jsonl"
 
-    jobs.run_jobs(jobs.list_jobs(settings, args.seeds), path, settings, args.output, args.processes)
-    chosen = [row["chosen"] for row in jobs.read_rows(path) if "chosen" in row]
-    jobs.run_jobs([jobs.truth_job(kept) for kept in chosen], path, settings, args.output, args.processes)
-    recoveries = jobs.list_recoveries(jobs.read_rows(path), settings.patterns[0], args.seeds)
-    jobs.run_jobs(recoveries, path, settings, args.output, args.processes)
+    def run(listed):
+        jobs.run_jobs(listed, path, settings, args.output, args.processes)
+        return jobs.read_rows(path)
+
+    run(jobs.list_truths(settings))
+    rows = run(jobs.list_choices(settings, args.seeds))
+    rows = run([jobs.truth_job(row["chosen"]) for row in rows if "chosen" in row])
+    rows = run(jobs.list_recoveries(settings, rows, args.seeds))
     choices = {name: jobs.choices_to_recover(name, settings.depth, settings.sampled) for name in settings.patterns}
-    rows = jobs.read_rows(path)
     print(summary.format_table(summary.summarize(rows, choices)))
     print(summary.format_recoveries(summary.summarize_recoveries(rows)))
 

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.recoverability import measures, problem, training
+from benchmarks.recoverability import measures, problem, recovery, training
 from engine.errors import RunError
 from engine.files import digest_file
 from engine.run import seed_everything
 from pruning.patterns import bk_sdm_layers, parse_pattern
 from pruning.scores import CRITERIA, measure_losses
 from pruning.search import all_choices, choice_masks, find_loss
+from pruning.surgery import cut_layers, keep_layers
 
 WORKER = {}  # what a process keeps between jobs
 
@@ -63,21 +64,50 @@ def recover(job):
 def learn(job):
     """A decision of gates."""
     settings, train, state = (WORKER[name] for name in ("settings", "train", "state"))
-    kept = training.learn_layers(settings, train, state, job["pattern"], job["seed"], **LEARNED[job["method"]])
+    options = {**LEARNED, **ABLATIONS}[job["method"]]
+    kept, _ = training.learn_layers(settings, train, state, job["pattern"], job["seed"], options)
     return {"chosen": kept}
 
 
 def recover_by(job):
     """What a choice becomes by a recipe, at equal compute: at the end and on the way."""
     settings, train, state, judge = (WORKER[name] for name in ("settings", "train", "state", "judge"))
-    curve = []
+    recipe, pattern, curve = recovery.RECIPES[job["method"]], settings.patterns[0], []
+    if recipe.init == "learned":
+        _, start = training.learn_layers(settings, train, state, pattern, job["seed"], LEARNED[BEST])
+    else:
+        start = state
 
     def look(net, compute):
         curve.append([round(compute, 1), judge.losses(net)["loss"]])
 
-    start = job["kept"], job["method"], job["seed"]
-    net = training.recover(settings, train, state, *start, settings.recovery_compute, look)
+    cut = cut_layers(start, job["kept"], recipe.init)
+    budget = settings.recovery_compute
+    net = recovery.recover(settings, train, cut, state, recipe, job["seed"], budget, look=look)
     return {**judge.losses(net), **judge.samples(net), "curve": curve}
+
+
+def recover_depth(job):
+    """A network of another depth, its layers learnt, recovered by Masked KD; and how fast it is."""
+    settings, train, state, judge = (WORKER[name] for name in ("settings", "train", "state", "judge"))
+    pattern, seed, recipe = job["pattern"], job["seed"], recovery.RECIPES["Masked KD"]
+    kept, _ = training.learn_layers(settings, train, state, pattern, seed, LEARNED[BEST])
+    groups, start = parse_pattern(pattern, settings.depth), keep_layers(state, kept)
+    net = recovery.recover(settings, train, start, state, recipe, seed, settings.recovery_compute, groups)
+    return {"layers": kept, "time_share": judge.time_share(net), **judge.losses(net), **judge.samples(net)}
+
+
+def recover_quarter(job):
+    """A quarter of the layers by Masked KD: cut at once, or in two turns of half the compute, each from the last."""
+    settings, train, state, judge = (WORKER[name] for name in ("settings", "train", "state", "judge"))
+    recipe, seed, teacher = recovery.RECIPES["Masked KD"], job["seed"], state
+    turns = {"at once": ["1:4"], "in turns": ["1:2", "1:2"]}[job["method"]]
+    for pattern in turns:
+        kept, _ = training.learn_layers(settings, train, teacher, pattern, seed, LEARNED[BEST])
+        start, budget = keep_layers(teacher, kept), settings.recovery_compute / len(turns)
+        net = recovery.recover(settings, train, start, teacher, recipe, seed, budget)
+        teacher = net.state_dict()
+    return {**judge.losses(net), **judge.samples(net)}
 
 
 def score(job):
@@ -110,21 +140,34 @@ def calibration_batches():
 
 
 CALIBRATION = 128
-RECOVERED = ("learned, full update", "block-influence", "BK-SDM")  # methods whose choices are recovered by all recipes
-LEARNED = {  # method -> options of learn_layers
-    "learned, full update": {},
-    "learned, LoRA": {"update": "lora"},
-    "learned, frozen weights": {"update": "none"},
-    "learned, teacher's output": {"alpha": 1.0},
-    "learned, data and teacher": {"alpha": 0.5},
+BEST = "learned from pairs"  # fixed on teacher 0 with other seeds, see docs/results.md
+RECOVERED = (BEST, "BK-SDM")  # methods whose choices are recovered by all recipes
+LEARNED = {
+    "learned, full update": training.Learning(),
+    "learned, LoRA": training.Learning("lora"),
+    BEST: training.Learning(gradient="pairs", lr=1e-3, gate_lr=2e-4),
+}
+ABLATIONS = {  # of learning, on the first teacher and under the first pattern alone
+    "learned, frozen weights": training.Learning("none"),
+    "learned, teacher's output": training.Learning(share=1.0),
+    "learned, data and teacher": training.Learning(share=0.5),
+    "learned, weights at 1e-3": training.Learning(lr=1e-3),
+    "learned, gates at 1e-4": training.Learning(gate_lr=1e-4),
+    "learned, temperature 1": training.Learning(tau_range=(1.0, 1.0)),
+    "learned from pairs, LoRA": training.Learning("lora", "pairs", lr=1e-3, gate_lr=2e-4),
+    "learned from pairs, frozen weights": training.Learning("none", "pairs", gate_lr=2e-4),
+    "learned from pairs, teacher's output": training.Learning(gradient="pairs", share=1.0, lr=1e-3, gate_lr=2e-4),
 }
 SEARCHED = ("lowest loss", "median loss", "highest loss")
+DEPTHS = ("3:4", "2:3", "1:2", "1:3", "1:4", "1:6")
 KINDS = {
     "truth": recover,
     "learned": learn,
     "criterion": score,
     "search": search,
     "recovery": recover_by,
+    "depth": recover_depth,
+    "quarter": recover_quarter,
     "teacher": measure_teacher,
 }
 
@@ -137,33 +180,46 @@ def do(job):
     return {**shown, **found, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def list_jobs(settings, seeds):
-    """All jobs that depend on no other one: learning, and the truth about the choices under every pattern."""
-    jobs = []
-    for pattern in settings.patterns:
-        choices = choices_to_recover(pattern, settings.depth, settings.sampled)
-        first = pattern == settings.patterns[0]
-        for seed in range(2 if first else 1):
-            jobs += [truth_job(kept, seed, draw=first and seed == 0) for kept in choices]
-    methods = {"learned": LEARNED, "criterion": CRITERIA, "search": SEARCHED}
-    jobs += [
-        {"kind": kind, "pattern": pattern, "method": method, "seed": seed}
-        for pattern in settings.patterns
-        for kind, names in methods.items()
-        for method in names
-        for seed in range(seeds)
-    ]
-    jobs += [{"kind": "criterion", "pattern": each, "method": "BK-SDM", "seed": 0} for each in settings.patterns]
+def list_truths(settings):
+    """The jobs that tell how good the choices under every pattern become; under the first with a second seed."""
+    first, *others = settings.patterns
+    jobs = [truth_job(kept, draw=True) for kept in choices_to_recover(first, settings.depth, settings.sampled)]
+    jobs += [{**job, "seed": 1, "draw": False} for job in jobs if settings.teacher == 0]
+    for pattern in others:
+        jobs += [truth_job(kept) for kept in choices_to_recover(pattern, settings.depth, settings.sampled)]
     return jobs
 
 
-def list_recoveries(rows, pattern, seeds):
-    """Jobs that recover the first seed's choices under a pattern by every recipe."""
+def list_choices(settings, seeds):
+    """The jobs that ask every method for its choice under every pattern."""
+    methods = {"learned": LEARNED, "criterion": CRITERIA, "search": SEARCHED}
+    asked = [(kind, method, pattern) for pattern in settings.patterns for kind in methods for method in methods[kind]]
+    if settings.teacher == 0:
+        asked += [("learned", method, settings.patterns[0]) for method in ABLATIONS]
+    jobs = [
+        {"kind": kind, "pattern": pattern, "method": method, "seed": seed}
+        for kind, method, pattern in asked
+        for seed in range(seeds)
+    ]
+    return jobs + [{"kind": "criterion", "pattern": each, "method": "BK-SDM", "seed": 0} for each in settings.patterns]
+
+
+def list_recoveries(settings, rows, seeds):
+    """Jobs that recover the first seed's choices by every recipe, and other depths; on the first teacher alone."""
+    if settings.teacher:
+        return []
+    pattern = settings.patterns[0]
     chosen = {row["method"]: row["chosen"] for row in rows if row.get("pattern") == pattern and row["seed"] == 0}
-    return [
+    jobs = [
         {"kind": "recovery", "kept": chosen[origin], "method": recipe, "seed": seed}
         for origin in RECOVERED
-        for recipe in training.RECIPES
+        for recipe in recovery.RECIPES
+        for seed in range(seeds)
+    ]
+    jobs += [{"kind": "depth", "pattern": pattern, "seed": seed} for pattern in DEPTHS for seed in range(2)]
+    return jobs + [
+        {"kind": "quarter", "method": method, "seed": seed}
+        for method in ("at once", "in turns")
         for seed in range(seeds)
     ]
 

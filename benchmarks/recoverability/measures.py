@@ -1,5 +1,7 @@
 """How good a network is: held-out loss, distance to the teacher, Frechet distance, share of samples read as asked."""
 
+import statistics
+import time
 from functools import cached_property
 
 import torch
@@ -70,6 +72,20 @@ class Judge:
             "frechet": float(distance),
             "read": float((self.reader.predict(x.flatten(1).numpy()) == y.numpy()).mean()),
         }
+
+    @torch.no_grad()
+    def time_share(self, net, rounds=15):
+        """Time of a forward of `net` as a share of that of the teacher: the median of ratios of runs in turns."""
+        x, y, draw, _ = self.batches[0]
+        ratios = []
+        for _ in range(rounds):
+            times = []
+            for each in (net.eval(), self.teacher):
+                start = time.perf_counter()
+                self.objective.predict(each, x, y, draw)
+                times.append(time.perf_counter() - start)
+            ratios.append(times[0] / times[1])
+        return statistics.median(ratios)
 
 
 def small(x):

@@ -1,6 +1,6 @@
-"""Training in this process: the teacher, gates over its layers, and the recovery of a choice of them."""
+"""Training in this process: the teacher, gates over its layers, and the fine-tuning of a choice of them."""
 
-import math
+from dataclasses import dataclass
 
 import torch
 
@@ -8,11 +8,11 @@ from benchmarks.recoverability.problem import make_network
 from diffusion.objectives import TrainStep
 from engine.optim import Ema, Recipe
 from engine.run import seed_everything
-from pruning.distillation import DistillStep, feature_weight, layer_pairs
+from prune_by_learning import make_step
 from pruning.gates import GateSchedule, decide
-from pruning.lora import weight_update
+from pruning.lora import learned_weights, weight_update
 from pruning.patterns import parse_pattern
-from pruning.surgery import keep_layers
+from pruning.surgery import keep_layers, stack_depths
 
 LEAST_LR = 1e-5
 
@@ -67,70 +67,46 @@ def fine_tune(problem, pictures, state, kept, seed):
     return train_all(step, problem.lr, pictures, problem.batch_size, problem.steps, 100 + seed)
 
 
-RECIPES = {  # name -> options of a distillation; None: fine-tuning
-    "fine-tuning": None,
-    "output KD": {"beta": 0.0},
-    "representation KD": {"k": math.inf},
-    "Masked KD, threshold 0.1": {"k": 0.1},
-    "Masked KD, threshold 1": {"k": 1.0},
-    "Masked KD": {},
-    "Masked KD, threshold 4": {"k": 4.0},
-    "relative Masked KD": {"beta": 1.0, "relative": True},
-    "relative representation KD": {"beta": 1.0, "relative": True, "k": math.inf},
-}
+@dataclass(frozen=True)
+class Learning:
+    """How gates are learnt, by default with the defaults of prune_by_learning.py and a full update.
 
-
-def recover(problem, pictures, state, kept, recipe, seed, compute, look=None):
-    """Recover a choice by one of RECIPES for as much `compute` as so many steps of fine-tuning take.
-
-    Steps are counted by passes through blocks: three for a forward and backward of the student, one for the teacher's.
-    look(network, compute): called ten times on the way.
+    update: of the weights, "full", "lora" or "none". gradient: of the gates, as --gate-gradient. share: of the loss
+    that compares with the teacher's output.
     """
-    net, options, objective = cut(problem, pictures, state, kept), RECIPES[recipe], problem.make_objective()
-    step, price = TrainStep(net, objective), 1.0
-    if options is not None:
-        teacher = make_network(problem, pictures, state)
-        depth, whole = len(net.blocks), len(teacher.blocks)
-        price += whole / (3 * depth)
-        step = DistillStep(net, teacher, objective, layer_pairs(depth, whole), **options)
-    steps, beta = round(compute / price), getattr(step, "beta", 0.0)
 
-    def before(k):
-        step.beta = feature_weight(beta, k, steps)
-
-    def after(k):
-        if look and (k + 1) % max(1, steps // 10) == 0:
-            look(net.eval(), (k + 1) * price)
-            net.train()
-
-    train_all(step, problem.lr, pictures, problem.batch_size, steps, 200 + seed, before, after)
-    return net
+    update: str = "full"
+    gradient: str = "straight-through"
+    share: float = 0.0
+    lr: float = 1e-4
+    gate_lr: float = 1e-3
+    candidates: str = "all"
+    tau_range: tuple = (4.0, 0.1)
 
 
-def learn_layers(problem, pictures, state, pattern, seed, update="full", alpha=0.0, gate_lr=1e-3, lr=1e-4):
-    """The decision of prune_by_learning.py's method, by default with its defaults and a full update.
+def learn_layers(problem, pictures, state, pattern, seed, options):
+    """(Layers that gates decide on, the weights learnt along with them as a state dict).
 
-    Steps and batches are smaller than published. update: of the weights, "full", "lora" or "none". alpha: share of the
-    loss that compares with the teacher's output.
+    Steps and batches are smaller than published. From pairs half as many images are learnt, so the compute is no more.
     """
     seed_everything(1000 + seed)
-    net = make_network(problem, pictures, state, groups=parse_pattern(pattern, problem.depth))
+    depth = sum(stack_depths(state).values())
+    net = make_network(problem, pictures, state, groups=parse_pattern(pattern, depth))
     gates = net.gumbel_gates
-    weights = weight_update(net, update != "none", 8 if update == "lora" else None)
-    objective = problem.make_objective()
-    step = TrainStep(net, objective)
-    if alpha:
-        step = DistillStep(net, make_network(problem, pictures, state), objective, (), alpha, beta=0.0)
+    if options.candidates == "contiguous":
+        gates.drop_neighbours_only()
+    weights = weight_update(net, options.update != "none", 8 if options.update == "lora" else None)
+    teacher = make_network(problem, pictures, state) if options.share else None
     average = Ema(gates, 0.999)
-    schedule = GateSchedule((4.0, 0.1), (100.0, 100.0), problem.learning_steps)
+    schedule = GateSchedule(options.tau_range, (100.0, 100.0), problem.learning_steps)
     optimize(
-        step,
-        [{"params": weights, "lr": lr}, {"params": list(gates), "lr": gate_lr}],
+        make_step(net, teacher, problem.make_objective(), options.share, options.gradient),
+        [{"params": weights, "lr": options.lr}, {"params": list(gates), "lr": options.gate_lr}],
         pictures,
-        problem.batch_size,
+        problem.batch_size // (2 if options.gradient == "pairs" else 1),
         problem.learning_steps,
         1000 + seed,
         before=lambda k: schedule.apply(k, gates, average.module),
         after=average.update,
     )
-    return decide(average.module).kept
+    return decide(average.module).kept, learned_weights(net, state)

@@ -4,11 +4,11 @@ import json
 import time
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from benchmarks import pictures
 from engine.checkpoint import Weights, read_facts
 from engine.run import Run
 from engine.sampling import SamplingPlan
@@ -97,42 +97,17 @@ def draw_samples(folders, rows, path):
     figure.savefig(path, dpi=110)
 
 
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def draw_losses(run, family, depths, path):
-    """The prediction error of every run over its steps: `gt` when distilling, `mse` of DiT and MAR, else the loss.
-
-    depths: layers of the teacher and of its students.
-    """
-    figure = Figure((9, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    """The prediction error of every run over its steps; depths: layers of the teacher and of its students."""
+    figure, curves = Figure((9, 3.2), layout="constrained"), ({}, {})
     for folder in sorted((run / "outputs").iterdir()):
-        rows = [row for row in read_metrics(folder) if "loss" in row]
-        error = next(name for name in ("mse", "gt", "loss") if name in rows[0])
         is_recovery = not folder.name.startswith(("teacher", "learn_mask"))
-        axis = axes[int(is_recovery)]
         label = folder.name.partition(f"-{family}")[0].replace("-ft", " + fine-tuning").replace("-kd", " + Masked KD")
-        axis.plot([row["step"] for row in rows], [row[error] for row in rows], label=label, linewidth=1)
-    for axis, title in zip(axes, (f"{depths[0]} layers", f"recovery, {depths[1]} layers"), strict=True):
-        axis.set(title=title, xlabel="step", ylabel="prediction error", yscale="log")
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-
-
-def draw_decisions(run, depth, path):
-    """Layers kept over the steps of gate learning, with the confidence of their group as opacity."""
-    rows = [row for row in read_metrics(next((run / "outputs").glob("learn_mask-*"))) if "kept" in row]
-    figure, colours = Figure((9, 3.2), layout="constrained"), colormaps["tab20"]
-    axis = figure.subplots()
-    for row in rows:
-        per_group = len(row["kept"]) // len(row["confidence"])  # all groups keep as many layers
-        for i, layer in enumerate(row["kept"]):
-            opacity = max(0.0, row["confidence"][i // per_group] - 0.5) / 0.5
-            colour = colours(layer % colours.N, alpha=0.1 + 0.9 * opacity)
-            axis.scatter(row["step"], layer, color=colour, s=40, linewidths=0)
-    axis.set(xlabel="step", ylabel="kept layer", yticks=range(depth), title="Decisions while the gates learn")
+        curves[is_recovery][label] = pictures.read_metrics(folder)
+    titles = (f"{depths[0]} layers", f"recovery, {depths[1]} layers")
+    for axis, title, those in zip(figure.subplots(1, 2, sharey=True), titles, curves, strict=True):
+        pictures.plot_losses(axis, those)
+        axis.set_title(title)
     figure.savefig(path, dpi=110)
 
 
@@ -146,5 +121,5 @@ def write(run, files, folders, settings, family, seconds):
     draw_samples(folders, rows, run / "samples.png")
     depths = [count_layers(files[name]) for name in ("teacher", "learned")]
     draw_losses(run, family, depths, run / "losses.png")
-    draw_decisions(run, depths[0], run / "decisions.png")
+    pictures.draw_decisions(next((run / "outputs").glob("learn_mask-*")), run / "decisions.png")
     print(f"\n{table}\n\n{minutes}\nReport: {run}/report.md, samples.png, losses.png, decisions.png", flush=True)

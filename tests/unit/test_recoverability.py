@@ -1,12 +1,14 @@
 """The benchmark of recoverability: its choices, ranks and regrets, and jobs that are not done twice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.recoverability import jobs, problem, report, summary, training
+from benchmarks.recoverability import jobs, problem, recovery, report, summary, training
 from engine.errors import RunError
+from pruning.surgery import keep_layers
 
 
 def truth(kept, loss, calibration=1.0):
@@ -83,7 +85,7 @@ def test_jobs_are_done_once(tmp_path):
 def test_equal_jobs_are_done_as_first_asked_for():
     first, again = jobs.truth_job([0, 2], draw=True), jobs.truth_job([0, 2])
     assert jobs.unfinished([first, again], []) == [first]
-    assert [job["draw"] for job in jobs.unfinished(jobs.list_jobs(problem.PROBLEMS["mnist"], 1), []) if "draw" in job]
+    assert [job["draw"] for job in jobs.unfinished(jobs.list_truths(problem.PROBLEMS["mnist"]), []) if "draw" in job]
 
 
 def test_rows_of_another_problem():
@@ -111,13 +113,14 @@ def tiny():
 def test_equal_compute(tiny):
     """A distillation takes fewer steps than fine-tuning, by what the teacher's passes take."""
     seen = {}
-    for recipe in ("fine-tuning", "output KD"):
-        looks = []
-        training.recover(
-            *tiny, [0, 2, 4, 6, 8, 10], recipe, 0, 20, lambda net, compute, looks=looks: looks.append(compute)
-        )
-        seen[recipe] = looks
+    settings, pictures, state = tiny
+    for name in ("fine-tuning", "output KD", "half of Masked KD"):
+        recipe, looks = recovery.RECIPES[name], seen.setdefault(name, [])
+        start = keep_layers(state, [0, 2, 4, 6, 8, 10])
+        options = {"look": lambda net, spent, looks=looks: looks.append(spent)}
+        recovery.recover(settings, pictures, start, state, recipe, 0, 20, **options)
     assert seen["fine-tuning"][-1] == 20
+    assert seen["half of Masked KD"][-1] == pytest.approx(10, abs=1)
     assert seen["output KD"][-1] == pytest.approx(20, abs=1)
     assert len(seen["output KD"]) == 12  # of 12 steps, each of 5/3
 
@@ -125,3 +128,20 @@ def test_equal_compute(tiny):
 def test_recovery_repeats(tiny):
     first, second = (training.fine_tune(*tiny, [0, 1, 2], 0).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("method", [*jobs.LEARNED, *jobs.ABLATIONS])
+def test_learning_repeats(tiny, method):
+    """The decision follows the pattern, and the same seed gives the same weights."""
+    settings, pictures, state = tiny
+    options = {**jobs.LEARNED, **jobs.ABLATIONS}[method]
+    settings = replace(settings, learning_steps=2, batch_size=8)
+    state = {key: value + 0.05 * torch.randn_like(value) for key, value in state.items()}  # at first all blocks idle
+    (kept, learned), (again, same) = (
+        training.learn_layers(settings, pictures, state, "1:2", 0, options) for _ in range(2)
+    )
+    assert kept == again
+    assert [layer // 2 for layer in kept] == list(range(6))
+    assert all(torch.equal(learned[key], same[key]) for key in state)
+    moved = any(not torch.equal(learned[key], state[key]) for key in state)
+    assert moved == (options.update != "none")

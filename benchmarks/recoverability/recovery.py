@@ -1,0 +1,82 @@
+"""Recipes of recovery, compared at equal compute."""
+
+import math
+from dataclasses import dataclass, field
+
+from benchmarks.recoverability.problem import make_network
+from benchmarks.recoverability.training import train_all
+from diffusion.objectives import TrainStep
+from pruning.distillation import DistillStep, feature_weight, layer_pairs
+from pruning.surgery import stack_depths
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cut network is recovered.
+
+    distil: options of DistillStep; None: fine-tuning. init: as --init of prune_by_learning.py. intervals: share of the
+    steps in which the parts learn apart. budget: compute, as a share of what the others get.
+    """
+
+    distil: dict | None = field(default_factory=dict)
+    init: str = "kept"
+    intervals: float = 0.0
+    budget: float = 1.0
+
+
+RELATIVE = {"beta": 1.0, "relative": True}
+RECIPES = {
+    "fine-tuning": Recipe(None),
+    "output KD": Recipe({"beta": 0.0}),
+    "representation KD": Recipe({"k": math.inf}),
+    "Masked KD, threshold 0.1": Recipe({"k": 0.1}),
+    "Masked KD, threshold 1": Recipe({"k": 1.0}),
+    "Masked KD": Recipe(),
+    "Masked KD, threshold 4": Recipe({"k": 4.0}),
+    "relative representation KD": Recipe({**RELATIVE, "k": math.inf}),
+    "relative Masked KD": Recipe(RELATIVE),
+    "Masked KD from averages": Recipe(init="average"),
+    "Masked KD after intervals": Recipe(intervals=0.2),
+    "fine-tuning from learned": Recipe(None, init="learned"),
+    "Masked KD from learned": Recipe(init="learned"),
+    "half of Masked KD": Recipe(budget=0.5),
+    "half of Masked KD from learned": Recipe(init="learned", budget=0.5),
+}
+
+
+def price_of(depth, whole):
+    """Compute of a step, in steps of fine-tuning a network of half the depth; whole: 0 if there is no teacher.
+
+    By passes through blocks: three for a forward and backward of the student, one for the teacher's forward.
+    """
+    return (3 * depth + whole) / (3 * HALF)
+
+
+HALF = 6  # layers
+
+
+def recover(problem, pictures, student, teacher, recipe, seed, compute, groups=None, look=None):
+    """The network of state dict `student`, recovered for as much compute as so many steps of fine-tuning take.
+
+    groups: that pair the layers, see layer_pairs. look(network, compute): called ten times on the way.
+    """
+    net, objective = make_network(problem, pictures, student), problem.make_objective()
+    depth, whole = (sum(stack_depths(state).values()) for state in (student, teacher))
+    step, price = TrainStep(net, objective), price_of(depth, 0)
+    if recipe.distil is not None:
+        price = price_of(depth, whole)
+        pairs = layer_pairs(depth, whole, groups)
+        step = DistillStep(net, make_network(problem, pictures, teacher), objective, pairs, **recipe.distil)
+    steps, beta = round(compute * recipe.budget / price), getattr(step, "beta", 0.0)
+
+    def before(k):
+        step.intervals = k < recipe.intervals * steps
+        step.beta = feature_weight(beta, k, steps)
+
+    def after(k):
+        if look and (k + 1) % max(1, steps // 10) == 0:
+            look(net.eval(), (k + 1) * price)
+            net.train()
+
+    train_all(step, problem.lr, pictures, problem.batch_size, steps, 200 + seed, before, after)
+    return net
