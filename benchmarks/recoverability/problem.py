@@ -24,7 +24,7 @@ class Problem:
     steps: int = 150
     lr: float = 1e-3
     patterns: tuple = ("1:2", "2:4", "6:12")
-    recovery_compute: int = 600  # of the recipes that are compared, in steps of fine-tuning
+    recovery_compute: int = 300  # of the recipes that are compared, in steps of fine-tuning
     is_quick: bool = False  # a form whose numbers mean nothing
     sampled: int = 300  # choices that are recovered where a pattern has more than that
 

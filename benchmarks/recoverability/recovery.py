@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
+from torch import nn
+
 from benchmarks.recoverability.problem import make_network
 from benchmarks.recoverability.training import train_all
 from diffusion.objectives import TrainStep
@@ -15,13 +18,15 @@ class Recipe:
     """How a cut network is recovered.
 
     distil: options of DistillStep; None: fine-tuning. init: as --init of prune_by_learning.py. intervals: share of the
-    steps in which the parts learn apart. budget: compute, as a share of what the others get.
+    steps in which the parts learn apart. budget: compute, as a share of what the others get. planted: whether the
+    teacher's hidden states have extremes, see Planted.
     """
 
     distil: dict | None = field(default_factory=dict)
     init: str = "kept"
     intervals: float = 0.0
     budget: float = 1.0
+    planted: bool = False
 
 
 RELATIVE = {"beta": 1.0, "relative": True}
@@ -39,9 +44,47 @@ RECIPES = {
     "Masked KD after intervals": Recipe(intervals=0.2),
     "fine-tuning from learned": Recipe(None, init="learned"),
     "Masked KD from learned": Recipe(init="learned"),
+    "representation KD, planted": Recipe({"k": math.inf}, planted=True),
+    "Masked KD, planted": Recipe(planted=True),
+    "relative representation KD, planted": Recipe({**RELATIVE, "k": math.inf}, planted=True),
+    "relative Masked KD, planted": Recipe(RELATIVE, planted=True),
     "half of Masked KD": Recipe(budget=0.5),
     "half of Masked KD from learned": Recipe(init="learned", budget=0.5),
 }
+
+
+class Planted(nn.Module):
+    """A teacher whose hidden states, as they are observed, have extremes; what it computes stays as it was.
+
+    In the same two of a thousand places (token, channel) of every layer there is SIZE times the sample's deviation
+    more, as in trained transformers a few places hold massive activations (arXiv 2402.17762).
+    """
+
+    SHARE, SIZE = 0.002, 50.0
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.training = net, False
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.net, name)
+
+    def forward(self, *inputs, observe=None, **options):
+        if observe:
+            options["observe"] = lambda layer, before, after: observe(layer, before, self.plant(after))
+        return self.net(*inputs, **options)
+
+    def plant(self, hidden):
+        """Hidden states (N, T, D) with extremes."""
+        generator = torch.Generator().manual_seed(0)
+        count = max(1, round(self.SHARE * hidden[0].numel()))
+        places = torch.randperm(hidden[0].numel(), generator=generator)[:count].to(hidden.device)
+        planted = hidden.flatten(1).clone()
+        planted[:, places] += self.SIZE * planted.std(1, keepdim=True)
+        return planted.view_as(hidden)
 
 
 def price_of(depth, whole):
@@ -66,7 +109,9 @@ def recover(problem, pictures, student, teacher, recipe, seed, compute, groups=N
     if recipe.distil is not None:
         price = price_of(depth, whole)
         pairs = layer_pairs(depth, whole, groups)
-        step = DistillStep(net, make_network(problem, pictures, teacher), objective, pairs, **recipe.distil)
+        source = make_network(problem, pictures, teacher)
+        source = Planted(source) if recipe.planted else source
+        step = DistillStep(net, source, objective, pairs, **recipe.distil)
     steps, beta = round(compute * recipe.budget / price), getattr(step, "beta", 0.0)
 
     def before(k):

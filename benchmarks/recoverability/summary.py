@@ -61,23 +61,30 @@ def format_table(found):
     return "\n".join(lines)
 
 
+MEASURES = ("loss", "distance", "frechet", "read")
+
+
+def ends_of(rows, recipe):
+    """{(choice, seed): row} of the recoveries by a recipe."""
+    found = [row for row in rows if row["kind"] == "recovery" and row["method"] == recipe]
+    return {(tuple(row["kept"]), row["seed"]): row for row in found}
+
+
+def count_wins(ends, others):
+    """(pairs in which `ends` has the lower loss, pairs) of two sets of recoveries from the same choice and seed."""
+    pairs = ends.keys() & others.keys()
+    return sum(ends[key]["loss"] < others[key]["loss"] for key in pairs), len(pairs)
+
+
 def summarize_recoveries(rows):
     """One dict per recipe: means over choices and seeds, and in how many pairs it ends below fine-tuning."""
-    found = {}
-    for row in rows:
-        if row["kind"] == "recovery":
-            found.setdefault(row["method"], {})[(tuple(row["kept"]), row["seed"])] = row
-    plain, summary = found.get("fine-tuning", {}), []
-    for recipe, ends in found.items():
-        pairs = [key for key in ends if key in plain]
-        summary.append(
-            {
-                "recipe": recipe,
-                **{name: mean(row[name] for row in ends.values()) for name in ("loss", "distance", "frechet", "read")},
-                "wins": sum(ends[key]["loss"] < plain[key]["loss"] for key in pairs),
-                "pairs": len(pairs),
-            }
-        )
+    recipes = list(dict.fromkeys(row["method"] for row in rows if row["kind"] == "recovery"))
+    plain, summary = ends_of(rows, "fine-tuning"), []
+    for recipe in recipes:
+        ends = ends_of(rows, recipe)
+        wins, pairs = count_wins(ends, plain)
+        means = {name: mean(row[name] for row in ends.values()) for name in MEASURES}
+        summary.append({"recipe": recipe, **means, "wins": wins, "pairs": pairs})
     return sorted(summary, key=lambda row: row["loss"])
 
 
@@ -87,4 +94,22 @@ def format_recoveries(found):
     for row in found:
         numbers = f"{row['loss']:.5f} | {row['distance']:.5f} | {row['frechet']:.2f} | {row['read']:.1%}"
         lines.append(f"| {row['recipe']} | {numbers} | {row['wins']} of {row['pairs']} |")
+    return "\n".join(lines)
+
+
+def average(rows, kind, key, names):
+    """{value of `key`: means of `names` over the rows of a kind}, in the order they were found."""
+    found = {}
+    for row in rows:
+        if row["kind"] == kind:
+            found.setdefault(row[key], []).append(row)
+    return {value: {name: mean(row[name] for row in those) for name in names} for value, those in found.items()}
+
+
+def format_averages(found, heads):
+    """Such averages as a Markdown table; heads: of the first column and of the others."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += [
+        f"| {value} | " + " | ".join(f"{number:.4g}" for number in row.values()) + " |" for value, row in found.items()
+    ]
     return "\n".join(lines)

@@ -72,7 +72,7 @@ class Learning:
     """How gates are learnt, by default with the defaults of prune_by_learning.py and a full update.
 
     update: of the weights, "full", "lora" or "none". gradient: of the gates, as --gate-gradient. share: of the loss
-    that compares with the teacher's output.
+    that compares with the teacher's output. length: steps, as a share of the problem's.
     """
 
     update: str = "full"
@@ -82,6 +82,7 @@ class Learning:
     gate_lr: float = 1e-3
     candidates: str = "all"
     tau_range: tuple = (4.0, 0.1)
+    length: float = 1.0
 
 
 def learn_layers(problem, pictures, state, pattern, seed, options):
@@ -97,14 +98,14 @@ def learn_layers(problem, pictures, state, pattern, seed, options):
         gates.drop_neighbours_only()
     weights = weight_update(net, options.update != "none", 8 if options.update == "lora" else None)
     teacher = make_network(problem, pictures, state) if options.share else None
-    average = Ema(gates, 0.999)
-    schedule = GateSchedule(options.tau_range, (100.0, 100.0), problem.learning_steps)
+    average, steps = Ema(gates, 0.999), round(problem.learning_steps * options.length)
+    schedule = GateSchedule(options.tau_range, (100.0, 100.0), steps)
     optimize(
         make_step(net, teacher, problem.make_objective(), options.share, options.gradient),
         [{"params": weights, "lr": options.lr}, {"params": list(gates), "lr": options.gate_lr}],
         pictures,
         problem.batch_size // (2 if options.gradient == "pairs" else 1),
-        problem.learning_steps,
+        steps,
         1000 + seed,
         before=lambda k: schedule.apply(k, gates, average.module),
         after=average.update,

@@ -135,7 +135,7 @@ def test_learning_repeats(tiny, method):
     """The decision follows the pattern, and the same seed gives the same weights."""
     settings, pictures, state = tiny
     options = {**jobs.LEARNED, **jobs.ABLATIONS}[method]
-    settings = replace(settings, learning_steps=2, batch_size=8)
+    settings = replace(settings, learning_steps=3, batch_size=8)
     state = {key: value + 0.05 * torch.randn_like(value) for key, value in state.items()}  # at first all blocks idle
     (kept, learned), (again, same) = (
         training.learn_layers(settings, pictures, state, "1:2", 0, options) for _ in range(2)
