@@ -54,6 +54,7 @@ TRAIN = {**DATA, "global-batch-size": 128, "ckpt-every": 100000, "log-every": 25
 RECOVER = {**TRAIN, "epochs": RECOVERY_EPOCHS, "lr": 1e-3, "min-lr": 1e-5, "ema-decay": 0.98}
 LEARN = {**DATA, "global-batch-size": 64, "log-every": 4, "epochs": 4, "gate-lr": 5e-3, "ema-decay": 0.9}
 IMAGES = 500
+GUIDANCE = {"guided": {}, "unguided": {"cfg-scale": 1.0}}
 
 
 def write_images(folder):
@@ -121,13 +122,16 @@ def stages():
     }
     samples = {"num-fid-samples": IMAGES, "per-proc-batch-size": 250, **SAMPLING}
     yield {
-        f"sample {name}": command("sample_ddp.py", ckpt=file, sample_dir=sample_folder(name), **samples)
+        f"sample {name} {kind}": command(
+            "sample_ddp.py", ckpt=file, sample_dir=sample_folder(name, kind), **{**samples, **changed}
+        )
         for name, file in weights().items()
+        for kind, changed in GUIDANCE.items()
     }
 
 
-def sample_folder(name):
-    return RUN / "samples" / name.replace(" ", "")
+def sample_folder(name, kind):
+    return RUN / "samples" / kind / name.replace(" ", "")
 
 
 def run_command(name, words):
@@ -157,7 +161,7 @@ def main():
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for finished in [pool.submit(run_command, name, words) for name, words in stage.items()]:
                 finished.result()
-    folders = {name: sample_folder(name) for name in weights()}
+    folders = {kind: {name: sample_folder(name, kind) for name in weights()} for kind in GUIDANCE}
     report.write(RUN, weights(), folders, SAMPLING, FAMILY, time.monotonic() - start)
 
 

@@ -17,7 +17,7 @@ from evaluation.metrics import frechet_distance_of_features
 from families import family_of, stack_layers
 
 SIZE, CLASSES = 8, 10  # pixels per side, digits
-COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "read as asked", "kept layers")
+COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "guided", "read as asked", "kept layers")
 
 
 def load_samples(folder):
@@ -58,7 +58,11 @@ def count_layers(file):
 
 
 def measure(files, folders, settings):
-    """One dict per model with the columns of the table."""
+    """One dict per model with the columns of the table.
+
+    folders: {kind: {model: samples}}. The Frechet distance is that of the unguided samples, which have to be as varied
+    as the data, and beside it that of the guided ones, by which the digits are read.
+    """
     digits = load_digits()
     reader = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
     timed = [files["teacher"], files["learned"]]
@@ -67,10 +71,10 @@ def measure(files, folders, settings):
     rows = []
     for name, file in files.items():
         layers, weights = count_layers(file), Weights(file, "--ckpt")
-        samples, asked = load_samples(folders[name])
-        distance = round(frechet_distance_of_features(samples, digits.data), 2)
+        (plain, _), (samples, asked) = (load_samples(folders[kind][name]) for kind in ("unguided", "guided"))
+        distances = [round(frechet_distance_of_features(each, digits.data), 2) for each in (plain, samples)]
         correct = round(float((reader.predict(samples) == asked).mean()), 4)
-        values = (name, layers, weights.count_parameters(), round(speed[layers], 1), distance, correct)
+        values = (name, layers, weights.count_parameters(), round(speed[layers], 1), *distances, correct)
         rows.append(dict(zip(COLUMNS, (*values, weights.facts.get("kept", "all")), strict=True)))
     return rows
 
@@ -85,15 +89,16 @@ def format_table(rows):
 
 
 def draw_samples(folders, rows, path):
-    """One row of pictures per model: two of every digit asked for."""
-    figure = Figure((9, 0.62 * len(rows)), layout="constrained")
-    for axis, row in zip(figure.subplots(len(rows)), rows, strict=True):
-        samples, asked = load_samples(folders[row["model"]])
-        chosen = np.concatenate([np.flatnonzero(asked == digit)[:2] for digit in range(10)])
-        strip = np.concatenate(list(np.pad(samples[chosen].reshape(-1, 8, 8), ((0, 0), (0, 0), (0, 1)))), axis=1)
-        axis.imshow(strip, cmap="gray", vmin=0, vmax=16)
-        axis.set_axis_off()
-        axis.set_title(f"{row['model']} ({row['layers']} layers)", loc="left", fontsize=8, pad=2)
+    """One row of pictures per model, one of every digit asked for: guided on the left, unguided on the right."""
+    figure = Figure((12, 0.78 * len(rows)), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), 2), rows, strict=True):
+        for axis, kind in zip(axes, ("guided", "unguided"), strict=True):
+            samples, asked = load_samples(folders[kind][row["model"]])
+            chosen = [np.flatnonzero(asked == digit)[0] for digit in range(CLASSES)]
+            pictures = np.pad(samples[chosen].reshape(-1, SIZE, SIZE), ((0, 0), (0, 0), (0, 1)))
+            axis.imshow(np.concatenate(list(pictures), axis=1), cmap="gray", vmin=0, vmax=16)
+            axis.set_axis_off()
+            axis.set_title(f"{row['model']} ({row['layers']} layers), {kind}", loc="left", fontsize=10, pad=3)
     figure.savefig(path, dpi=110)
 
 
