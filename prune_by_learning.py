@@ -6,6 +6,8 @@ Example:
       --delta-w --lora --save-model pruned.pt
 """
 
+from pathlib import Path
+
 from engine.cli import Command, launch
 from engine.errors import InputError, check_writable, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
@@ -58,6 +60,7 @@ COMMAND = Command(
             "kept",
             choices=("kept", "learned", "average"),
         ),
+        Flag("finalists", "most probable choices that are written, the second as <save-model>-2, ...", 1, type=count),
         switch("dense", "also run the backward of skipped samples (slower)"),
         Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
         Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
@@ -96,6 +99,11 @@ def choose_groups(model, pattern):
         return parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
 
 
+def numbered(path, place):
+    """Where the choice that came in at this place is written: pruned.pt -> pruned-2.pt."""
+    return Path(path).with_stem(f"{Path(path).stem}-{place}")
+
+
 def make_step(net, teacher, objective, share, gradient):
     """The training step; share: of the loss that compares with the output of the `teacher`, which is not trained."""
     from diffusion.objectives import TrainStep
@@ -116,7 +124,7 @@ def main(settings):
     from engine.run_folder import run_path
     from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
-    from pruning.gates import GateSchedule, decide, set_routing
+    from pruning.gates import GateSchedule, decide, likeliest, set_routing
     from pruning.lora import learned_weights, weight_update
     from pruning.patterns import format_pattern
     from pruning.surgery import cut_layers
@@ -176,11 +184,18 @@ def main(settings):
     kept, confidence = decide(averaged)
     folder.log(f"[!] Final Decision: {kept}")
     folder.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
-    facts = {"source": original.name, "kept": kept, "init": settings.init, "pattern": format_pattern(groups)}
-    facts["confidence"] = confidence
+    facts = {"source": original.name, "init": settings.init, "pattern": format_pattern(groups)}
     state = learned_weights(net, original.state) if settings.init == "learned" else original.state
-    pruned = cut_layers(state, kept, settings.init)
-    on_main(lambda: save_pruned(run, save_model, pruned, settings.model, space, **facts))
+
+    def save_choices():
+        pruned = cut_layers(state, kept, settings.init)
+        save_pruned(run, save_model, pruned, settings.model, space, **facts, kept=kept, confidence=confidence)
+        for place, other in enumerate(likeliest(averaged, settings.finalists)[1:], start=2):
+            path = numbered(save_model, place)
+            pruned = cut_layers(state, other, settings.init)
+            save_pruned(run, path, pruned, settings.model, space, **facts, kept=other, place=place)
+
+    on_main(save_choices)
 
 
 if __name__ == "__main__":

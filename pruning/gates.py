@@ -148,6 +148,28 @@ def decide(model):
     return Decision(kept, confidence)
 
 
+@torch.no_grad()
+def likeliest(model, count):
+    """The `count` most probable choices of a gated network, or of its LayerGates: lists of kept layers, best first.
+
+    Fewer, if there are no more. Groups choose for themselves, so the best few of all are among the best few of each.
+    """
+    gates = getattr(model, "gumbel_gates", model)
+    found, start = [(0.0, [])], 0
+    for g, (_, m) in enumerate(gates.groups):
+        values, order = (gates[g][0].double() * gates.scaling).log_softmax(-1).sort(descending=True, stable=True)
+        rows = gates.get_buffer(f"candidates_{g}")[order[:count]].tolist()
+        layers = [[start + i for i, keep in enumerate(row) if keep] for row in rows]
+        longer = [
+            (total + value, kept + more)
+            for total, kept in found
+            for value, more in zip(values.tolist(), layers, strict=False)
+        ]
+        found = sorted(longer, key=lambda each: -each[0])[:count]
+        start += m
+    return [kept for _, kept in found]
+
+
 def choose_layers(model, n, mask=None):
     """What a network passes to its stacks for n samples: (mask, layers kept by all).
 

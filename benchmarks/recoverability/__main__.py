@@ -26,7 +26,8 @@ def parse_args():
 def choose_problem(flags):
     """The Problem that the flags describe."""
     found = problem.PROBLEMS.get(flags.data, problem.Problem(flags.data))
-    found = replace(found, teacher=flags.teacher, sampled=found.sampled if flags.teacher == 0 else 100)
+    if flags.teacher:  # the question for another teacher is whether the first pattern's answers hold
+        found = replace(found, teacher=flags.teacher, patterns=found.patterns[:1])
     return problem.quick(found) if flags.quick else found
 
 

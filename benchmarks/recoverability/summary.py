@@ -77,13 +77,16 @@ def count_wins(ends, others):
 
 
 def summarize_recoveries(rows):
-    """One dict per recipe: means over choices and seeds, and in how many pairs it ends below fine-tuning."""
+    """One dict per recipe: means over choices and seeds, and in how many pairs it ends below fine-tuning.
+
+    Samples are drawn of the first seed alone.
+    """
     recipes = list(dict.fromkeys(row["method"] for row in rows if row["kind"] == "recovery"))
     plain, summary = ends_of(rows, "fine-tuning"), []
     for recipe in recipes:
         ends = ends_of(rows, recipe)
         wins, pairs = count_wins(ends, plain)
-        means = {name: mean(row[name] for row in ends.values()) for name in MEASURES}
+        means = {name: mean(row[name] for row in ends.values() if name in row) for name in MEASURES}
         summary.append({"recipe": recipe, **means, "wins": wins, "pairs": pairs})
     return sorted(summary, key=lambda row: row["loss"])
 

@@ -9,7 +9,7 @@ from diffusion.objectives import TrainStep
 from engine.optim import Ema, Recipe
 from engine.run import seed_everything
 from prune_by_learning import make_step
-from pruning.gates import GateSchedule, decide
+from pruning.gates import GateSchedule, likeliest
 from pruning.lora import learned_weights, weight_update
 from pruning.patterns import parse_pattern
 from pruning.surgery import keep_layers, stack_depths
@@ -61,10 +61,10 @@ def cut(problem, pictures, state, kept):
     return make_network(problem, pictures, keep_layers(state, kept))
 
 
-def fine_tune(problem, pictures, state, kept, seed):
-    """A choice of layers, recovered by fine-tuning: same batches and draws for every choice."""
+def fine_tune(problem, pictures, state, kept, seed, share=1.0):
+    """A choice of layers, recovered by fine-tuning: same batches and draws for every choice. share: of the steps."""
     step = TrainStep(cut(problem, pictures, state, kept), problem.make_objective())
-    return train_all(step, problem.lr, pictures, problem.batch_size, problem.steps, 100 + seed)
+    return train_all(step, problem.lr, pictures, problem.batch_size, round(share * problem.steps), 100 + seed)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Learning:
     """How gates are learnt, by default with the defaults of prune_by_learning.py and a full update.
 
     update: of the weights, "full", "lora" or "none". gradient: of the gates, as --gate-gradient. share: of the loss
-    that compares with the teacher's output. length: steps, as a share of the problem's.
+    that compares with the teacher's output. length: steps, as a share of the problem's. finalists: most probable
+    choices, of which the one is taken that is best after a third of a recovery, by the loss on training data.
     """
 
     update: str = "full"
@@ -83,10 +84,11 @@ class Learning:
     candidates: str = "all"
     tau_range: tuple = (4.0, 0.1)
     length: float = 1.0
+    finalists: int = 1
 
 
 def learn_layers(problem, pictures, state, pattern, seed, options):
-    """(Layers that gates decide on, the weights learnt along with them as a state dict).
+    """(Most probable choices of layers, the weights learnt along with them as a state dict).
 
     Steps and batches are smaller than published. From pairs half as many images are learnt, so the compute is no more.
     """
@@ -110,4 +112,4 @@ def learn_layers(problem, pictures, state, pattern, seed, options):
         before=lambda k: schedule.apply(k, gates, average.module),
         after=average.update,
     )
-    return decide(average.module).kept, learned_weights(net, state)
+    return likeliest(average.module, options.finalists), learned_weights(net, state)

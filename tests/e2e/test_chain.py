@@ -207,6 +207,21 @@ def test_learning_keeps_its_update(family, latents, tmp_path, run_script, update
     assert 0 < (learned[weight] - plain[weight]).abs().max() < 1e-2
 
 
+def test_finalists(family, latents, tmp_path, run_script, same_weights):
+    """The most probable choices are written beside each other, each with its place and its own layers."""
+    out = tmp_path / "out" / "pruned.safetensors"
+    flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    run_script("prune_by_learning", "--model", family.gated, *flags, "--save-model", out, "--finalists", 3)
+    paths = [out, out.with_stem("pruned-2"), out.with_stem("pruned-3")]
+    facts = [read_facts(path) for path in paths]
+    assert [each.get("place") for each in facts] == [None, 2, 3]
+    assert len({tuple(each["kept"]) for each in facts}) == 3
+    for path, each in zip(paths, facts, strict=True):
+        assert each["model"] == family.half
+        same_weights(read_weights(path, "--ckpt"), keep_layers(family.state, each["kept"]))
+    assert sorted(f.name for f in out.parent.iterdir()) == sorted(f"{p.name}{s}" for p in paths for s in ("", ".json"))
+
+
 def test_learning_moves_the_gates(family, latents, tmp_path, run_script):
     """A gated name needs no pattern; gates and their averages move, frozen weights do not."""
     flags = ["--load-weight", family.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pruning.gates import GateSchedule, LayerGates, decide, interpolate
+from pruning.gates import GateSchedule, LayerGates, decide, interpolate, likeliest
 from pruning.surgery import keep_layers
 
 GROUPS = [[2, 4], [1, 2]]
@@ -24,6 +24,21 @@ def test_initial_state():
     assert {name: tuple(p.shape) for name, p in gates.named_parameters()} == {"0": (1, 6), "1": (1, 2)}
     assert all((p == 0.02).all() for p in gates)
     assert set(gates.state_dict()) == {"0", "1"}
+
+
+def test_likeliest_by_enumeration():
+    """The most probable choices of all, best first, and the decision before all."""
+    torch.manual_seed(0)
+    gates = make_gates(*(torch.randn(size).tolist() for size in (6, 2)), scaling=3.0)
+    soft = [(p[0] * 3.0).softmax(-1) for p in gates]
+    every = {}
+    for first, a in zip(gates.get_buffer("candidates_0").tolist(), soft[0].tolist(), strict=True):
+        for second, b in zip(gates.get_buffer("candidates_1").tolist(), soft[1].tolist(), strict=True):
+            every[tuple(i for i, keep in enumerate(first + second) if keep)] = a * b
+    expected = sorted(every, key=lambda kept: -every[kept])
+    assert [tuple(kept) for kept in likeliest(gates, 5)] == expected[:5]
+    assert len(likeliest(gates, 100)) == 12
+    assert likeliest(gates, 1) == [decide(gates).kept]
 
 
 @pytest.mark.parametrize(("group", "candidates"), [((7, 14), 8), ((2, 4), 3), ((1, 2), 2), ((3, 4), 4), ((4, 4), 1)])

@@ -137,7 +137,7 @@ def test_learning_repeats(tiny, method):
     options = {**jobs.LEARNED, **jobs.ABLATIONS}[method]
     settings = replace(settings, learning_steps=3, batch_size=8)
     state = {key: value + 0.05 * torch.randn_like(value) for key, value in state.items()}  # at first all blocks idle
-    (kept, learned), (again, same) = (
+    ((kept, *_), learned), ((again, *_), same) = (
         training.learn_layers(settings, pictures, state, "1:2", 0, options) for _ in range(2)
     )
     assert kept == again
