@@ -11,6 +11,7 @@ from pathlib import Path
 from engine.cli import Command, launch
 from engine.errors import InputError, check_writable, flag_errors
 from engine.flags import TRAINING_FLAGS, shared
+from engine.settings import TYPED
 from families import depth_name, model_config, stack_layers
 from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
 
@@ -35,7 +36,7 @@ COMMAND = Command(
         Flag("scaling-range", "first and last scaling", [100.0, 100.0], type=above_zero, nargs=2),
         Flag(
             "candidates",
-            "of a group: all ways to keep N of its M layers, or those that drop neighbours, few where M is large",
+            "of a group: all ways to keep N of its M layers, or the N + 1 that drop layers in a row",
             "all",
             choices=("all", "contiguous"),
         ),
@@ -48,7 +49,7 @@ COMMAND = Command(
         Flag(
             "gate-gradient",
             "of the gates: the published one, or the difference of the losses of two choices for every image, which "
-            "has no bias but takes two passes (so --global-batch-size of half as many images costs the same)",
+            "has no bias; take --gate-lr 2e-4 with it",
             "straight-through",
             choices=GRADIENTS,
         ),
@@ -77,8 +78,11 @@ def parse_args(argv=None):
     settings = COMMAND.resolve(argv)
     if settings.dense and settings.gate_samples < 1:
         raise InputError("--gate-samples: has no meaning with --dense, which runs all samples")
-    if settings.gate_gradient == "pairs" and settings.gate_samples < 1:
-        raise InputError("--gate-samples: has no meaning with --gate-gradient pairs, which runs no skipped samples")
+    if settings.gate_gradient == "pairs":
+        for name in ("gate_samples", "dense", "tau_range"):
+            if settings.origins.get(name) == TYPED:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: has no meaning with --gate-gradient pairs; leave it out")
     if settings.lora and not settings.delta_w:
         raise InputError("--lora: needs --delta-w; without it only the gates are learnt")
     if settings.init == "learned" and not settings.delta_w:
@@ -88,20 +92,24 @@ def parse_args(argv=None):
     return settings
 
 
-def choose_groups(model, pattern):
+def choose_groups(model, pattern, candidates):
     """The N:M groups of --pattern, else of the model's name."""
-    from pruning.patterns import format_pattern, parse_groups
+    from pruning.patterns import check_candidates, format_pattern, parse_groups
 
     config = model_config(model)
     if pattern is None and "groups" not in config:
         raise InputError(f"--model {model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
     with flag_errors("--pattern", pattern):
-        return parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
+        groups = parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
+        if candidates == "all":
+            check_candidates(groups)
+        return groups
 
 
-def numbered(path, place):
-    """Where the choice that came in at this place is written: pruned.pt -> pruned-2.pt."""
-    return Path(path).with_stem(f"{Path(path).stem}-{place}")
+def choice_paths(path, count):
+    """Where the most probable choices are written: pruned.pt, pruned-2.pt, ..."""
+    path = Path(path)
+    return [path, *(path.with_stem(f"{path.stem}-{place}") for place in range(2, count + 1))]
 
 
 def make_step(net, teacher, objective, share, gradient):
@@ -129,24 +137,24 @@ def main(settings):
     from pruning.patterns import format_pattern
     from pruning.surgery import cut_layers
 
-    groups = choose_groups(settings.model, settings.pattern)
+    groups = choose_groups(settings.model, settings.pattern, settings.candidates)
     run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
     inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
-    check_writable("--save-model", save_model, **inputs)
+    for path in choice_paths(save_model, settings.finalists):
+        check_writable("--save-model", path, **inputs)
     space, data = open_data(settings)
     original = settings.weights["load_weight"]
     config, share = network_config(data.dataset, space), TEACHER_SHARES[settings.target]
-    start = NetworkStart(settings.model, {**config, "groups": groups}, original)
+    gated = {**config, "groups": groups, "contiguous": settings.candidates == "contiguous"}
+    start = NetworkStart(settings.model, gated, original)
     networks = {"network": start}
     if share:
         plain_name = depth_name(settings.model, stack_layers(settings.model))
         networks["teacher"] = NetworkStart(plain_name, config, original)
 
     def add_update(net):
-        """Choose what is trained besides the gates, and among what these choose; returns these parameters."""
-        if settings.candidates == "contiguous":
-            net.gumbel_gates.drop_neighbours_only()
+        """Choose what is trained besides the gates; returns these parameters."""
         weights = weight_update(net, settings.delta_w, settings.lora_rank if settings.lora else None)
         cast_frozen_weights(net, run.precision)
         return weights
@@ -185,17 +193,16 @@ def main(settings):
     folder.log(f"[!] Final Decision: {kept}")
     folder.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
     facts = {"source": original.name, "init": settings.init, "pattern": format_pattern(groups)}
-    state = learned_weights(net, original.state) if settings.init == "learned" else original.state
 
     def save_choices():
-        pruned = cut_layers(state, kept, settings.init)
-        save_pruned(run, save_model, pruned, settings.model, space, **facts, kept=kept, confidence=confidence)
-        for place, other in enumerate(likeliest(averaged, settings.finalists)[1:], start=2):
-            path = numbered(save_model, place)
-            pruned = cut_layers(state, other, settings.init)
-            save_pruned(run, path, pruned, settings.model, space, **facts, kept=other, place=place)
+        weights = learned_weights(net, original.state) if settings.init == "learned" else original.state
+        choices = likeliest(averaged, settings.finalists)
+        for place, (path, layers) in enumerate(zip(choice_paths(save_model, len(choices)), choices, strict=True), 1):
+            told = {"confidence": confidence} if place == 1 else {"place": place}
+            pruned = cut_layers(weights, layers, settings.init)
+            save_pruned(run, path, pruned, settings.model, space, **facts, kept=layers, **told)
 
-    on_main(save_choices)
+    on_main(save_choices, patient=True)
 
 
 if __name__ == "__main__":

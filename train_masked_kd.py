@@ -35,7 +35,8 @@ COMMAND = Command(
         ),
         Flag(
             "interval-steps",
-            "first steps, in which each part of the student learns the teacher's map over its own layers alone",
+            "first steps, in which each part of the student learns the teacher's map over its own layers alone, from "
+            "the teacher's tokens; until then losses are those of the parts, and --alpha and --beta have no effect",
             0,
             type=whole,
         ),
@@ -90,6 +91,11 @@ def main(settings):
     run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
     family = settings.family
     space, data = open_data(settings)
+    if settings.interval_steps >= data.total_steps:
+        raise InputError(
+            f"--interval-steps {settings.interval_steps}: the run has {data.total_steps} steps; leave some in which "
+            "the parts are joined"
+        )
     config, weights = network_config(data.dataset, space), settings.weights.get("load_weight")
     start = NetworkStart(settings.model, config, weights)
     recorded = start.describe(space).get("pattern")

@@ -8,6 +8,7 @@ python -m benchmarks.pictures activations pretrained/DiT-XL-2-256x256.pt --data-
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,27 +23,28 @@ def read_metrics(folder):
 
 def read_groups(folder):
     """N:M groups of a run of prune_by_learning.py."""
-    from prune_by_learning import choose_groups
+    from families import model_config, stack_layers
+    from pruning.patterns import format_pattern, parse_groups
 
     settings = json.loads((Path(folder) / "config.json").read_text())["settings"]
-    return choose_groups(settings["model"], settings["pattern"])
+    model, pattern = settings["model"], settings["pattern"]
+    return parse_groups(pattern or format_pattern(model_config(model)["groups"]), stack_layers(model))
 
 
 def draw_decisions(folder, path):
     """Layers kept over the steps of gate learning; the more opaque, the surer is the group of a layer.
 
-    A group that is as sure as it was at first, with all candidates alike, is nearly white.
+    A group for which all candidates are alike is nearly white.
     """
     groups = read_groups(folder)
     depth = sum(m for _, m in groups)
     group_of = np.repeat(np.arange(len(groups)), [m for _, m in groups])
     rows = [row for row in read_metrics(folder) if "kept" in row]
-    at_first = rows[0]["confidence"]
+    unsure = np.array([1 / math.comb(m, n) if n < m else 0 for n, m in groups])
     figure, colours = Figure((9, 1.5 + 0.16 * depth), layout="constrained"), colormaps["tab20"]
     axis = figure.subplots()
     for row in rows:
-        confidence = np.array(row["confidence"])
-        sure = np.clip((confidence - at_first) / np.maximum(1 - np.array(at_first), 1e-9), 0, 1)
+        sure = np.clip((np.array(row["confidence"]) - unsure) / (1 - unsure), 0, 1)
         shades = [
             colours(group_of[layer] % colours.N, alpha=0.1 + 0.9 * sure[group_of[layer]]) for layer in row["kept"]
         ]
@@ -71,7 +73,7 @@ def plot_losses(axis, curves):
 def draw_losses(folders, path):
     """The prediction error of training runs over their steps."""
     figure = Figure((6, 3.6), layout="constrained")
-    plot_losses(figure.subplots(), {Path(folder).name: read_metrics(folder) for folder in folders})
+    plot_losses(figure.subplots(), {str(folder): read_metrics(folder) for folder in folders})
     figure.savefig(path, dpi=110)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pruning.patterns import candidate_masks, check_groups
+from pruning.patterns import candidate_masks, check_candidates, check_groups
 from pruning.routing import Routes
 
 INITIAL_LOGIT = 0.02
@@ -64,36 +64,23 @@ def set_routing(model, dense, gate_samples):
         stack.dense, stack.gate_samples = dense, gate_samples
 
 
-def is_contiguous(masks, count):
-    """Which of the masks (C, M) with `count` ones have them side by side: (C,) bool."""
-    places = torch.arange(masks.shape[1], device=masks.device)
-    last = (masks * places).amax(1)
-    first = (masks * places.flip(0)).amax(1)
-    return last - (masks.shape[1] - 1 - first) <= count - 1
-
-
 class LayerGates(nn.ParameterList):
     """One logit per candidate of every N:M group, sampled by a straight-through Gumbel-softmax (paper, section 3.3).
 
     Parameter g has shape (1, candidates). `tau` and `scaling` are set from outside, as functions of the step.
+    contiguous: candidates are those that drop layers in a row.
     """
 
-    def __init__(self, groups, depth):
+    def __init__(self, groups, depth, contiguous=False):
         check_groups(groups, depth)
-        tables = [candidate_masks(n, m) for n, m in groups]
+        if not contiguous:
+            check_candidates(groups)
+        tables = [candidate_masks(n, m, contiguous) for n, m in groups]
         super().__init__(nn.Parameter(torch.full((1, len(table)), INITIAL_LOGIT, device="cpu")) for table in tables)
         self.groups = [tuple(group) for group in groups]
         self.tau, self.scaling = 1.0, 1.0
         for g, table in enumerate(tables):
             self.register_buffer(f"candidates_{g}", table, persistent=False)
-
-    def drop_neighbours_only(self):
-        """Leave only the candidates whose dropped layers follow each other: 8 of the 3,432 of 7:14."""
-        for g, (n, m) in enumerate(self.groups):
-            table = self.get_buffer(f"candidates_{g}")
-            rows = is_contiguous(1 - table, m - n)
-            setattr(self, f"candidates_{g}", table[rows])
-            self[g] = nn.Parameter(self[g].detach()[:, rows])
 
     def draw_gumbel(self, n):
         """Gumbel noise, one (n, candidates) tensor per group."""
@@ -114,12 +101,12 @@ class LayerGates(nn.ParameterList):
 
         Returns the mask (n, L) of 0/1 without gradients, and the log-probability (n,) of each sample's choice.
         """
-        masks, total = [], torch.zeros((), device=self[0].device)
-        for g, logits in enumerate(self):
-            log_probability = (logits[0] * self.scaling).log_softmax(-1)
-            chosen = log_probability.detach().exp().multinomial(n, replacement=True)
+        masks, total = [], 0.0
+        for g, noise in enumerate(self.draw_gumbel(n)):
+            scaled = self[g][0] * self.scaling
+            chosen = (scaled.detach() + noise).argmax(-1)
             masks.append(self.get_buffer(f"candidates_{g}")[chosen])
-            total = total + log_probability[chosen]
+            total = total + scaled.log_softmax(-1)[chosen]
         return torch.cat(masks, dim=1), total
 
 

@@ -46,17 +46,17 @@ def add_lora(model, rank, alpha=None):
 def learned_weights(net, original):
     """The state dict `original` with the update that a network which started from it has learnt, on the CPU.
 
-    Adapters are added to their matrices in float32; frozen weights are those of `original`.
+    What was learnt is in float32, as half precision would round most of an update away; the rest is as in `original`.
     """
     learned = dict(original)
     for name, module in net.named_modules():
         if isinstance(module, LoRALinear):
             update = module.scale * (module.lora_b.weight.float() @ module.lora_a.weight.float())
             weight = original[f"{name}.weight"]
-            learned[f"{name}.weight"] = (weight.float() + update.to(weight.device)).to(weight.dtype)
+            learned[f"{name}.weight"] = weight.float() + update.to(weight.device)
     for name, p in net.named_parameters():
         if p.requires_grad and name in original:
-            learned[name] = p.detach().to(original[name].device, original[name].dtype)
+            learned[name] = p.detach().float().to(original[name].device)
     return learned
 
 

@@ -13,6 +13,7 @@ from torch import nn
 class PairStep(nn.Module):
     """One step of gates and weights: every image runs under two choices, with the same time, noise and label drop.
 
+    Dropout inside blocks, where there is any (MAR), is drawn for each of the two: more noise, no bias.
     share: of the loss that compares with the output of `teacher`, which stays out of the module tree: neither
     broadcast nor saved.
     """
@@ -20,24 +21,23 @@ class PairStep(nn.Module):
     def __init__(self, net, objective, share=0.0, teacher=None):
         super().__init__()
         self.net, self.objective, self.share = net, objective, share
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher else ()
+        self._teacher = (teacher.eval().requires_grad_(False) if teacher else None,)
 
     def forward(self, x, y):
         """Latents x (N, C, H, W), labels y (N,) -> dict of per-sample terms (N,), means of both choices."""
-        gates = self.net.gumbel_gates
-        draw = self.objective.draw(self.net, x, y)
+        draw, (teacher,) = self.objective.draw(self.net, x, y), self._teacher
         with torch.no_grad():
-            goals = [self.objective.predict(teacher, x, y, draw) for teacher in self._teacher]
-        choices = [gates.choose(len(x)) for _ in range(2)]
-        first, second = (self._measure(x, y, draw, mask, *goals) for mask, _ in choices)
-        likelihood = choices[0][1] - choices[1][1]
+            goal = self.objective.predict(teacher, x, y, draw) if teacher else None
+        choices = [self.net.gumbel_gates.choose(len(x)) for _ in range(2)]
+        first, second = (self._measure(x, y, draw, mask, goal) for mask, _ in choices)
+        log_ratio = choices[0][1] - choices[1][1]
         difference = (first["loss"] - second["loss"]).detach() / 2
         terms = {name: (first[name] + second[name]) / 2 for name in first}
         # Only the gradient of this is of use; its value would add noise to the loss that is reported.
-        terms["loss"] = terms["loss"] + difference * (likelihood - likelihood.detach())
+        terms["loss"] = terms["loss"] + difference * (log_ratio - log_ratio.detach())
         return terms
 
-    def _measure(self, x, y, draw, mask, goal=None):
+    def _measure(self, x, y, draw, mask, goal):
         """Terms (N,) of one choice, `loss` among them."""
         prediction = self.objective.predict(self.net, x, y, draw, mask=mask)
         terms = self.objective.loss(prediction, x, draw)

@@ -38,8 +38,6 @@ def check_groups(groups, depth=None):
     for n, m in groups:
         if not 1 <= n <= m:
             raise ValueError(f"group {n}:{m}: a group N:M keeps N of M layers, so 1 <= N <= M is needed")
-        if math.comb(m, n) > MAX_CANDIDATES:
-            raise ValueError(f"group {n}:{m} has over {MAX_CANDIDATES:,} candidates: split it into smaller groups")
     if not groups:
         raise ValueError("the pattern covers 0 layers: at least one has to stay")
     covered = sum(m for _, m in groups)
@@ -66,11 +64,26 @@ def parse_groups(text, stacks):
     return groups
 
 
-def candidate_masks(n, m):
-    """All ways to keep n of m layers: (candidates, m) of 0/1 in the order of `itertools.combinations`."""
-    table = torch.zeros(math.comb(m, n), m, device="cpu")
-    kept = torch.tensor(list(combinations(range(m), n)), device="cpu")
-    return table.scatter_(1, kept, 1.0)
+def check_candidates(groups):
+    """Raise ValueError if there are too many ways to keep N of the M layers of a group for gates over all of them."""
+    for n, m in groups:
+        if math.comb(m, n) > MAX_CANDIDATES:
+            few = "split it into smaller groups, or take only contiguous ones"
+            raise ValueError(f"group {n}:{m} has over {MAX_CANDIDATES:,} candidates: {few}")
+
+
+def candidate_masks(n, m, contiguous=False):
+    """All ways to keep n of m layers: (candidates, m) of 0/1 in the order of `itertools.combinations`.
+
+    contiguous: only those that drop m - n layers in a row, the first ones first; 8 of the 3,432 of 7:14.
+    """
+    if contiguous:
+        starts = range(n + 1) if n < m else (0,)
+        kept = [[layer for layer in range(m) if not start <= layer < start + m - n] for start in starts]
+    else:
+        kept = list(combinations(range(m), n))
+    table = torch.zeros(len(kept), m, device="cpu")
+    return table.scatter_(1, torch.tensor(kept, device="cpu"), 1.0)
 
 
 def group_ends(groups):

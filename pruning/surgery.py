@@ -48,8 +48,9 @@ def average_dropped(state, kept):
 
 
 def cut_layers(state, kept, init="kept"):
-    """keep_layers with the start that `--init` names: the kept layers' own weights, or "average" of average_dropped."""
-    return keep_layers(average_dropped(state, kept) if init == "average" else state, kept)
+    """keep_layers of the start that `--init` names: `state` for "kept" and "learned", average_dropped for "average"."""
+    start = {"kept": lambda: state, "learned": lambda: state, "average": lambda: average_dropped(state, kept)}[init]
+    return keep_layers(start(), kept)
 
 
 def keep_layers(state, kept):

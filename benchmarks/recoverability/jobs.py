@@ -33,7 +33,8 @@ def choices_to_recover(pattern, depth, most):
 
 def key_of(row):
     """What a row is about, without what was found."""
-    return json.dumps([row[name] for name in ("kind", "kept", "pattern", "method", "seed", "digest") if name in row])
+    about = ("kind", "kept", "pattern", "method", "options", "seed", "digest")
+    return json.dumps([row[name] for name in about if name in row])
 
 
 def prepare_worker(settings, folder):
@@ -64,21 +65,28 @@ def recover(job):
 def learn(job):
     """A decision of gates."""
     settings, train, state = (WORKER[name] for name in ("settings", "train", "state"))
-    options = {**LEARNED, **ABLATIONS}[job["method"]]
+    options = training.Learning(**job["options"])
     finalists, _ = training.learn_layers(settings, train, state, job["pattern"], job["seed"], options)
     if len(finalists) == 1:
         return {"chosen": finalists[0]}
-    tries = [training.fine_tune(settings, train, state, kept, 50 + job["seed"], 1 / 3) for kept in finalists]
-    losses = [WORKER["judge"].calibration_loss(net) for net in tries]
+    return try_out(finalists, job["seed"])
+
+
+def try_out(finalists, seed):
+    """Of some choices the one that is best after a third of a recovery, by the loss on training data."""
+    settings, train, state, judge = (WORKER[name] for name in ("settings", "train", "state", "judge"))
+    losses = []
+    for kept in finalists:
+        net = training.fine_tune(settings, train, state, kept, 50 + seed, share=1 / 3)
+        losses.append(judge.calibration_loss(net))
     return {"chosen": finalists[losses.index(min(losses))], "finalists": finalists, "losses": losses}
 
 
 def recover_by(job):
     """What a choice becomes by a recipe, at equal compute: at the end and on the way."""
     settings, train, state, judge = (WORKER[name] for name in ("settings", "train", "state", "judge"))
-    recipe, start, kept, curve = recovery.RECIPES[job["method"]], state, job["kept"], []
-    if recipe.init == "learned":  # of this seed, with its own decision
-        (kept,), start = training.learn_layers(settings, train, state, settings.patterns[0], job["seed"], LEARNED[BEST])
+    recipe, kept, curve = recovery.RECIPES[job["method"]], job["kept"], []
+    start = learned_state() if recipe.init == "learned" else state
 
     def look(net, compute):
         curve.append([round(compute, 1), judge.losses(net)["loss"]])
@@ -87,14 +95,22 @@ def recover_by(job):
     budget = settings.recovery_compute
     net = recovery.recover(settings, train, cut, state, recipe, job["seed"], budget, look=look)
     drawn = judge.samples(net) if job["seed"] == 0 else {}
-    return {"layers": kept, **judge.losses(net), **drawn, "curve": curve}
+    return {**judge.losses(net), **drawn, "curve": curve}
+
+
+def learned_state():
+    """The weights that were learnt along with the gates under the first pattern, with the first seed."""
+    settings, train, state = (WORKER[name] for name in ("settings", "train", "state"))
+    if "learned" not in WORKER:
+        _, WORKER["learned"] = training.learn_layers(settings, train, state, settings.patterns[0], 0, PAIRS)
+    return WORKER["learned"]
 
 
 def recover_depth(job):
     """A network of another depth, its layers learnt, recovered by Masked KD; and how fast it is."""
     settings, train, state, judge = (WORKER[name] for name in ("settings", "train", "state", "judge"))
     pattern, seed, recipe = job["pattern"], job["seed"], recovery.RECIPES["Masked KD"]
-    (kept,), _ = training.learn_layers(settings, train, state, pattern, seed, LEARNED[BEST])
+    (kept,), _ = training.learn_layers(settings, train, state, pattern, seed, PAIRS)
     groups, start = parse_pattern(pattern, settings.depth), keep_layers(state, kept)
     net = recovery.recover(settings, train, start, state, recipe, seed, settings.recovery_compute, groups)
     return {"layers": kept, "time_share": judge.time_share(net), **judge.losses(net), **judge.samples(net)}
@@ -106,7 +122,7 @@ def recover_quarter(job):
     recipe, seed, teacher = recovery.RECIPES["Masked KD"], job["seed"], state
     turns = {"at once": ["1:4"], "in turns": ["1:2", "1:2"]}[job["method"]]
     for pattern in turns:
-        (kept,), _ = training.learn_layers(settings, train, teacher, pattern, seed, LEARNED[BEST])
+        (kept,), _ = training.learn_layers(settings, train, teacher, pattern, seed, PAIRS)
         start, budget = keep_layers(teacher, kept), settings.recovery_compute / len(turns)
         net = recovery.recover(settings, train, start, teacher, recipe, seed, budget)
         teacher = net.state_dict()
@@ -131,7 +147,12 @@ def search(job):
     seed_everything(2000 + job["seed"])
     batches = calibration_batches()
     choices = choices_to_recover(job["pattern"], settings.depth, settings.sampled)
+    if job["method"] == RANDOM_TRIED:
+        drawn = np.random.default_rng(job["seed"]).choice(len(choices), 4, replace=False)
+        return try_out([choices[k] for k in drawn], job["seed"])
     losses = measure_losses(net, WORKER["judge"].objective, batches, choice_masks(choices, settings.depth))
+    if job["method"] == LOWEST_TRIED:
+        return try_out([choices[k] for k in losses.argsort()[:4].tolist()], job["seed"])
     return {"chosen": choices[find_loss(losses, job["method"].split()[0])]}
 
 
@@ -149,21 +170,22 @@ LEARNED = {
     "learned, full update": training.Learning(),
     "learned, LoRA": training.Learning("lora"),
     BEST: PAIRS,
-    "learned from pairs, best of 4 tried": replace(PAIRS, finalists=4),
+    "learned from pairs, 4 tried": replace(PAIRS, finalists=4),
 }
+SAME_BUT_GRADIENT = {"learned, with all else of pairs": replace(PAIRS, gradient="straight-through", gate_lr=1e-3)}
 ABLATIONS = {  # of learning, on the first teacher and under the first pattern alone
     "learned, frozen weights": training.Learning("none"),
     "learned, teacher's output": training.Learning(share=1.0),
     "learned, gates at 1e-4": training.Learning(gate_lr=1e-4),
     "learned, temperature 1": training.Learning(tau_range=(1.0, 1.0)),
-    "learned, with all else of pairs": replace(PAIRS, gradient="straight-through", gate_lr=1e-3),
     "learned from pairs, half as long again": replace(PAIRS, gate_lr=1.5e-4, length=1.5),
     "learned from pairs, data": replace(PAIRS, share=0.0),
     "learned from pairs, weights at 1e-4": replace(PAIRS, lr=1e-4),
     "learned from pairs, LoRA": replace(PAIRS, update="lora"),
     "learned from pairs, frozen weights": replace(PAIRS, update="none"),
 }
-SEARCHED = ("lowest loss", "median loss", "highest loss")
+RANDOM_TRIED, LOWEST_TRIED = "4 at random, tried", "4 of lowest loss, tried"
+SEARCHED = ("lowest loss", "median loss", "highest loss", RANDOM_TRIED, LOWEST_TRIED)
 DEPTHS = ("3:4", "2:3", "1:2", "1:3", "1:4", "1:6")
 KINDS = {
     "truth": recover,
@@ -197,16 +219,27 @@ def list_truths(settings):
 
 def list_choices(settings, seeds):
     """The jobs that ask every method for its choice under every pattern."""
-    methods = {"learned": LEARNED, "criterion": CRITERIA, "search": SEARCHED}
-    asked = [(kind, method, pattern) for pattern in settings.patterns for kind in methods for method in methods[kind]]
+    first, jobs = settings.patterns[0], []
+    for pattern in settings.patterns:
+        learned = {**LEARNED, **(SAME_BUT_GRADIENT if pattern == first else {})}
+        jobs += [learn_job(pattern, name, learned[name], seed) for name in learned for seed in range(seeds)]
+        for kind, names in (("criterion", CRITERIA), ("search", SEARCHED)):
+            jobs += [choice_job(kind, pattern, name, seed) for name in names for seed in range(seeds)]
+        jobs.append(choice_job("criterion", pattern, "BK-SDM", 0))
     if settings.teacher == 0:
-        asked += [("learned", method, settings.patterns[0]) for method in ABLATIONS]
-    jobs = [
-        {"kind": kind, "pattern": pattern, "method": method, "seed": seed}
-        for kind, method, pattern in asked
-        for seed in range(min(seeds, 2) if method in ABLATIONS else seeds)
-    ]
-    return jobs + [{"kind": "criterion", "pattern": each, "method": "BK-SDM", "seed": 0} for each in settings.patterns]
+        few = range(min(seeds, 2))
+        jobs += [learn_job(first, name, options, seed) for name, options in ABLATIONS.items() for seed in few]
+    return jobs
+
+
+def choice_job(kind, pattern, method, seed):
+    """The job that asks a method for its choice."""
+    return {"kind": kind, "pattern": pattern, "method": method, "seed": seed}
+
+
+def learn_job(pattern, method, options, seed):
+    """The same of gates; the options are part of what a row is about."""
+    return {**choice_job("learned", pattern, method, seed), "options": asdict(options)}
 
 
 def list_recoveries(settings, rows, seeds):
@@ -214,7 +247,8 @@ def list_recoveries(settings, rows, seeds):
     if settings.teacher:
         return []
     pattern = settings.patterns[0]
-    chosen = {row["method"]: row["chosen"] for row in rows if row.get("pattern") == pattern and row["seed"] == 0}
+    asked = [row for row in rows if row.get("pattern") == pattern and "chosen" in row and row["seed"] == 0]
+    chosen = {row["method"]: row["chosen"] for row in asked}
     jobs = [
         {"kind": "recovery", "kept": chosen[BEST], "method": recipe, "seed": seed}
         for recipe in recovery.RECIPES

@@ -14,7 +14,7 @@ from pruning.surgery import stack_depths
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recovery:
     """How a cut network is recovered.
 
     distil: options of DistillStep; None: fine-tuning. init: as --init of prune_by_learning.py. intervals: share of the
@@ -31,25 +31,25 @@ class Recipe:
 
 RELATIVE = {"beta": 1.0, "relative": True}
 RECIPES = {
-    "fine-tuning": Recipe(None),
-    "output KD": Recipe({"beta": 0.0}),
-    "representation KD": Recipe({"k": math.inf}),
-    "Masked KD, threshold 0.1": Recipe({"k": 0.1}),
-    "Masked KD, threshold 1": Recipe({"k": 1.0}),
-    "Masked KD": Recipe(),
-    "Masked KD, threshold 4": Recipe({"k": 4.0}),
-    "relative representation KD": Recipe({**RELATIVE, "k": math.inf}),
-    "relative Masked KD": Recipe(RELATIVE),
-    "Masked KD from averages": Recipe(init="average"),
-    "Masked KD after intervals": Recipe(intervals=0.2),
-    "fine-tuning from learned": Recipe(None, init="learned"),
-    "Masked KD from learned": Recipe(init="learned"),
-    "representation KD, planted": Recipe({"k": math.inf}, planted=True),
-    "Masked KD, planted": Recipe(planted=True),
-    "relative representation KD, planted": Recipe({**RELATIVE, "k": math.inf}, planted=True),
-    "relative Masked KD, planted": Recipe(RELATIVE, planted=True),
-    "half of Masked KD": Recipe(budget=0.5),
-    "half of Masked KD from learned": Recipe(init="learned", budget=0.5),
+    "fine-tuning": Recovery(None),
+    "output KD": Recovery({"beta": 0.0}),
+    "representation KD": Recovery({"k": math.inf}),
+    "Masked KD, threshold 0.1": Recovery({"k": 0.1}),
+    "Masked KD, threshold 1": Recovery({"k": 1.0}),
+    "Masked KD": Recovery(),
+    "Masked KD, threshold 4": Recovery({"k": 4.0}),
+    "relative representation KD": Recovery({**RELATIVE, "k": math.inf}),
+    "relative Masked KD": Recovery(RELATIVE),
+    "Masked KD from averages": Recovery(init="average"),
+    "Masked KD after intervals": Recovery(intervals=0.2),
+    "fine-tuning from learned": Recovery(None, init="learned"),
+    "Masked KD from learned": Recovery(init="learned"),
+    "representation KD, planted": Recovery({"k": math.inf}, planted=True),
+    "Masked KD, planted": Recovery(planted=True),
+    "relative representation KD, planted": Recovery({**RELATIVE, "k": math.inf}, planted=True),
+    "relative Masked KD, planted": Recovery(RELATIVE, planted=True),
+    "half of Masked KD": Recovery(budget=0.5),
+    "half of Masked KD from learned": Recovery(init="learned", budget=0.5),
 }
 
 

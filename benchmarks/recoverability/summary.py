@@ -15,7 +15,7 @@ def rank_among(kept, truth, drawn):
 
 def chosen_under(rows, pattern):
     """What any method chose under a pattern."""
-    return [row["chosen"] for row in rows if row.get("pattern") == pattern]
+    return [row["chosen"] for row in rows if row.get("pattern") == pattern and "chosen" in row]
 
 
 def summarize(rows, choices_of):
@@ -76,26 +76,34 @@ def count_wins(ends, others):
     return sum(ends[key]["loss"] < others[key]["loss"] for key in pairs), len(pairs)
 
 
-def summarize_recoveries(rows):
-    """One dict per recipe: means over choices and seeds, and in how many pairs it ends below fine-tuning.
+def means_of(rows):
+    """{measure: mean} of the MEASURES that all the rows have."""
+    shared = [name for name in MEASURES if rows and all(name in row for row in rows)]
+    return {name: mean(row[name] for row in rows) for name in shared}
 
-    Samples are drawn of the first seed alone.
+
+def summarize_recoveries(rows):
+    """One dict per recipe: means over the seeds, and in how many pairs it ends below fine-tuning.
+
+    Samples are drawn of the first seed alone, and are missing where it is.
     """
     recipes = list(dict.fromkeys(row["method"] for row in rows if row["kind"] == "recovery"))
     plain, summary = ends_of(rows, "fine-tuning"), []
     for recipe in recipes:
         ends = ends_of(rows, recipe)
         wins, pairs = count_wins(ends, plain)
-        means = {name: mean(row[name] for row in ends.values() if name in row) for name in MEASURES}
-        summary.append({"recipe": recipe, **means, "wins": wins, "pairs": pairs})
+        drawn = [row for row in ends.values() if "read" in row]
+        summary.append({"recipe": recipe, **means_of(ends.values()), **means_of(drawn), "wins": wins, "pairs": pairs})
     return sorted(summary, key=lambda row: row["loss"])
 
 
 def format_recoveries(found):
     """The same as a Markdown table."""
-    lines = ["| recipe | loss | distance | Frechet | read as asked | below fine-tuning |", "|---" * 6 + "|"]
+    heads = "loss | distance | Frechet, seed 0 | read as asked, seed 0 | below fine-tuning"
+    lines = [f"| recipe | {heads} |", "|---" * 6 + "|"]
     for row in found:
-        numbers = f"{row['loss']:.5f} | {row['distance']:.5f} | {row['frechet']:.2f} | {row['read']:.1%}"
+        drawn = f"{row['frechet']:.2f} | {row['read']:.1%}" if "read" in row else "- | -"
+        numbers = f"{row['loss']:.5f} | {row['distance']:.5f} | {drawn}"
         lines.append(f"| {row['recipe']} | {numbers} | {row['wins']} of {row['pairs']} |")
     return "\n".join(lines)
 

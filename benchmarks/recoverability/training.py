@@ -8,9 +8,10 @@ from benchmarks.recoverability.problem import make_network
 from diffusion.objectives import TrainStep
 from engine.optim import Ema, Recipe
 from engine.run import seed_everything
-from prune_by_learning import make_step
+from pruning.distillation import DistillStep
 from pruning.gates import GateSchedule, likeliest
 from pruning.lora import learned_weights, weight_update
+from pruning.pairs import PairStep
 from pruning.patterns import parse_pattern
 from pruning.surgery import keep_layers, stack_depths
 
@@ -81,10 +82,16 @@ class Learning:
     share: float = 0.0
     lr: float = 1e-4
     gate_lr: float = 1e-3
-    candidates: str = "all"
     tau_range: tuple = (4.0, 0.1)
     length: float = 1.0
     finalists: int = 1
+
+
+def gate_step(net, teacher, objective, options):
+    """The training step of gates, as prune_by_learning.py makes it."""
+    if options.gradient == "pairs":
+        return PairStep(net, objective, options.share, teacher)
+    return DistillStep(net, teacher, objective, (), options.share, beta=0.0) if teacher else TrainStep(net, objective)
 
 
 def learn_layers(problem, pictures, state, pattern, seed, options):
@@ -96,14 +103,12 @@ def learn_layers(problem, pictures, state, pattern, seed, options):
     depth = sum(stack_depths(state).values())
     net = make_network(problem, pictures, state, groups=parse_pattern(pattern, depth))
     gates = net.gumbel_gates
-    if options.candidates == "contiguous":
-        gates.drop_neighbours_only()
     weights = weight_update(net, options.update != "none", 8 if options.update == "lora" else None)
     teacher = make_network(problem, pictures, state) if options.share else None
     average, steps = Ema(gates, 0.999), round(problem.learning_steps * options.length)
     schedule = GateSchedule(options.tau_range, (100.0, 100.0), steps)
     optimize(
-        make_step(net, teacher, problem.make_objective(), options.share, options.gradient),
+        gate_step(net, teacher, problem.make_objective(), options),
         [{"params": weights, "lr": options.lr}, {"params": list(gates), "lr": options.gate_lr}],
         pictures,
         problem.batch_size // (2 if options.gradient == "pairs" else 1),
