@@ -17,6 +17,7 @@ TRAIN = "--data-path {latents} --global-batch-size 16 --num-workers 0"
 INDEX = "prune_by_index --ckpt {teacher} --save-model p.pt"
 SCORE = "prune_by_score --ckpt {teacher} --data-path {latents} --save-model p.pt --nsamples 16"
 LEARN = f"prune_by_learning --model DiT-T/2 --load-weight {{teacher}} {TRAIN}"
+PAIRS = f"{LEARN} --pattern 1:2 --gate-gradient pairs"
 KD = f"train_masked_kd --load-weight {{student}} --teacher DiT-T/2 {TRAIN}"
 EXTRACT = "extract_features --data-path {pictures} --vae none --image-size 8"
 
@@ -63,9 +64,16 @@ CASES = {
     "no pattern": (LEARN, "--model DiT-T/2", "no gates", "--pattern"),
     "pairs do not fit": (f"{KD} --load-teacher {{teacher}} --pattern 1:4", "--pattern 1:4", "keeps 3 of 12"),
     "pairs and gate-samples": (
-        f"{LEARN} --pattern 1:2 --gate-gradient pairs --gate-samples 0.5",
+        f"{PAIRS} --gate-samples 0.5",
         "--gate-samples",
         "no meaning with --gate-gradient pairs",
+    ),
+    "pairs and dense": (f"{PAIRS} --dense", "--dense", "no meaning with --gate-gradient pairs"),
+    "pairs and tau": (f"{PAIRS} --tau-range 2 1", "--tau-range", "no meaning with --gate-gradient pairs"),
+    "only intervals": (
+        f"{KD} --load-teacher {{teacher}} --epochs 1 --interval-steps 4",
+        "--interval-steps 4",
+        "has 4 steps",
     ),
     "learned start": (f"{LEARN} --pattern 1:2 --init learned", "--init learned", "needs --delta-w"),
     "tau": (f"{LEARN} --pattern 1:2 --tau-range 4", "--tau-range", "expected 2 arguments"),

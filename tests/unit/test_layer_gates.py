@@ -41,18 +41,26 @@ def test_likeliest_by_enumeration():
     assert likeliest(gates, 1) == [decide(gates).kept]
 
 
-@pytest.mark.parametrize(("group", "candidates"), [((7, 14), 8), ((2, 4), 3), ((1, 2), 2), ((3, 4), 4), ((4, 4), 1)])
-def test_neighbours_only(group, candidates):
+SIZES = [((7, 14), 8), ((14, 28), 15), ((2, 4), 3), ((1, 2), 2), ((3, 4), 4), ((4, 4), 1), ((1, 1), 1)]
+
+
+@pytest.mark.parametrize(("group", "candidates"), SIZES)
+def test_contiguous_candidates(group, candidates):
     """What is left are the ways to drop M - N layers in a row, each once."""
-    gates = LayerGates([group, [1, 2]], group[1] + 2)
-    gates.drop_neighbours_only()
-    table = gates.get_buffer("candidates_0")
     n, m = group
+    gates = LayerGates([group, [1, 2]], m + 2, contiguous=True)
+    table = gates.get_buffer("candidates_0")
     expected = {tuple(range(start, start + m - n)) for start in range(n + 1)} if n < m else {()}
     assert {tuple((row == 0).nonzero().flatten().tolist()) for row in table} == expected
     assert (len(table), tuple(gates[0].shape)) == (candidates, (1, candidates))
     assert (gates.draw(50)[:, :m].sum(1) == n).all()
-    assert decide(gates).kept[-1] in (m, m + 1)
+    assert (gates.choose(50)[0][:, :m].sum(1) == n).all()
+
+
+def test_too_many_candidates():
+    """Only where all are asked for."""
+    with pytest.raises(ValueError, match=r"group 14:28 has over 1,000,000 candidates: split it"):
+        LayerGates([[14, 28]], 28)
 
 
 @pytest.mark.parametrize(("tau", "scaling"), [(4.0, 100.0), (0.1, 100.0), (1.0, 1.0)])

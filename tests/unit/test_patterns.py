@@ -41,7 +41,6 @@ def test_malformed(text):
         ("2:4x4", 12, "covers 16 layers, but there are 12"),
         ("5:13", 12, "covers 13 layers, but there are 12"),
         ("2:4x0", 12, "covers 0 layers"),
-        ("20:40", 40, "candidates: split it"),
     ],
 )
 def test_impossible(text, depth, message):
