@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from benchmarks.recoverability import measures, problem, recovery, training
 from engine.errors import RunError
-from engine.files import digest_file
 from engine.run import seed_everything
 from pruning.patterns import bk_sdm_layers, parse_pattern
 from pruning.scores import CRITERIA, measure_losses
@@ -33,7 +32,7 @@ def choices_to_recover(pattern, depth, most):
 
 def key_of(row):
     """What a row is about, without what was found."""
-    about = ("kind", "kept", "pattern", "method", "options", "seed", "digest")
+    about = ("kind", "kept", "pattern", "method", "options", "seed")
     return json.dumps([row[name] for name in about if name in row])
 
 
@@ -282,21 +281,28 @@ def unfinished(jobs, rows):
     return list(left.values())
 
 
-def check_rows(rows, problem_row, path):
-    """Raise RunError if the rows are of another teacher or other settings."""
+def check_rows(rows, settings, loss, path):
+    """Raise RunError if the rows are of other settings or of another teacher, by its held-out loss.
+
+    One that was trained again, on another machine, differs in the last bits of its weights, and so do all numbers.
+    """
     for row in rows:
-        if row["kind"] == "teacher" and any(row[name] != value for name, value in problem_row.items()):
+        if row["kind"] == "teacher" and (row["settings"] != settings or abs(row["loss"] / loss - 1) > SAME_TEACHER):
             raise RunError(
                 f"{path}: holds rows of another teacher or other settings; move it away, or bring these back"
             )
+
+
+SAME_TEACHER = 1e-4  # relative difference of the held-out loss
 
 
 def run_jobs(jobs, path, settings, folder, processes):
     """Do the jobs that `path` holds no rows of, and add theirs. Raises RunError for rows of another problem."""
     rows = read_rows(path)
     about = json.loads(json.dumps(asdict(settings)))  # tuples as lists, as they are read
-    teacher = {"kind": "teacher", "digest": digest_file(problem.teacher_path(settings, folder)), "settings": about}
-    check_rows(rows, teacher, path)
+    prepare_worker(settings, folder)
+    check_rows(rows, about, WORKER["judge"].losses(WORKER["teacher"])["loss"], path)
+    teacher = {"kind": "teacher", "settings": about}
     jobs = unfinished([teacher, *jobs], rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without half a last line
     if not jobs:

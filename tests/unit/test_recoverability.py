@@ -89,11 +89,31 @@ def test_equal_jobs_are_done_as_first_asked_for():
 
 
 def test_rows_of_another_problem():
-    row = {"kind": "teacher", "digest": "a", "settings": {"steps": 150}}
-    jobs.check_rows([{**row, "loss": 0.1}], row, "rows.jsonl")
-    for other in ({**row, "digest": "b"}, {**row, "settings": {"steps": 20}}):
+    """A teacher that was trained again may differ in the last bits, another one may not."""
+    settings = {"steps": 150}
+    rows = [{"kind": "teacher", "settings": settings, "loss": 0.1}]
+    jobs.check_rows(rows, settings, 0.1000001, "rows.jsonl")
+    for other, loss in ((settings, 0.1001), ({"steps": 20}, 0.1)):
         with pytest.raises(RunError, match=r"rows.jsonl: holds rows of another teacher"):
-            jobs.check_rows([{**row, "loss": 0.1}], other, "rows.jsonl")
+            jobs.check_rows(rows, other, loss, "rows.jsonl")
+
+
+def test_rows_of_all_kinds_are_told(tiny):
+    """Tables and the list of what is left to do from rows of every kind."""
+    settings = replace(tiny[0], patterns=("1:2",), is_quick=False)
+    drawn = jobs.choices_to_recover("1:2", 12, settings.sampled)
+    ends = {"loss": 0.1, "distance": 0.01, "frechet": 2.0, "read": 0.9, "seconds": 1.0}
+    rows = [{"kind": "teacher", "settings": {}, **ends}]
+    rows += [{**truth(kept, 0.1 + k / 1000, 1 + k), "seconds": 1.0} for k, kept in enumerate(drawn)]
+    rows += [{**chosen(jobs.BEST, drawn[1]), "kind": "learned", "seconds": 1.0}]
+    found = jobs.list_recoveries(settings, rows, 2)
+    assert {job["kind"] for job in found} == {"recovery", "depth", "quarter"}
+    rows += [{**job, **ends, "curve": [[10, 0.2], [20, 0.1]], "time_share": 0.5} for job in found]
+    assert jobs.unfinished(jobs.list_recoveries(settings, rows, 2), rows) == []
+    page = report.describe(settings, rows)
+    for words in (f"| 1:2 | {jobs.BEST} | 1 | 0.00100 |", "| Masked KD |", "| 1:6 |", "| in turns |", "0 of 2"):
+        assert words in page
+    assert f"| {jobs.BEST} | 100 | 100 |" in report.describe_all([(settings, rows)])
 
 
 def test_quick_form_has_files_of_its_own(tmp_path):
