@@ -65,18 +65,20 @@ def sample_missing(run, plan, folder, batches, missing, seed):
     from tqdm import tqdm
 
     from engine.images import save_image, to_uint8
+    from engine.threads import Background, own_cores
 
     mine = [batch for batch in batches[run.rank :: run.world] if missing.intersection(batch)]
     if not mine:
         return None
     sampler = plan.load(run)
     start = time.monotonic()
-    for batch in tqdm(mine, desc="sampling batches", disable=not run.is_main):
-        draws = sampler.draws(seed, batch)
-        pictures = to_uint8(sampler.sample(draws, draws.labels(plan.space.num_classes)))
-        for i, pixels in zip(batch, pictures, strict=True):
-            if i in missing:
-                save_image(folder.file(i), pixels, of_many=True)
+    with Background(own_cores()) as writers:
+        for batch in tqdm(mine, desc="sampling batches", disable=not run.is_main):
+            draws = sampler.draws(seed, batch)
+            pictures = to_uint8(sampler.sample(draws, draws.labels(plan.space.num_classes)))
+            for i, pixels in zip(batch, pictures, strict=True):
+                if i in missing:
+                    writers.call(save_image, folder.file(i), pixels, True)
     return sum(map(len, mine)) / (time.monotonic() - start)
 
 

@@ -14,6 +14,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -106,25 +107,23 @@ class Writes:
 
     def __init__(self, folder, at=None, action=None):
         self.folder, self.at, self.action = os.fspath(folder), at, action
-        self.found = []  # (event, path, bytes) of every write
-        self.is_acting = False
+        self.found, self.lock = [], threading.Lock()  # (event, path, bytes) of every write, by any thread
+        self.acting = threading.local()  # of the thread in which the action itself writes
         sys.addaudithook(self.watch)  # which cannot be taken back: only for a process that ends afterwards
 
     def watch(self, event, args):
-        if self.is_acting or event not in EVENTS or not is_inside(args[0], self.folder):
+        if getattr(self.acting, "now", False) or event not in EVENTS or not is_inside(args[0], self.folder):
             return
         if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        size = 0
-        if event == "os.rename":
-            self.is_acting = True
-            size = os.path.getsize(args[0])
-            self.is_acting = False
-        self.found.append((event, os.fspath(args[0]), size))
-        if len(self.found) - 1 == self.at:
-            self.is_acting = True
+        self.acting.now = True
+        size = os.path.getsize(args[0]) if event == "os.rename" else 0
+        with self.lock:
+            self.found.append((event, os.fspath(args[0]), size))
+            is_due = len(self.found) - 1 == self.at
+        if is_due:
             self.action()
-            self.is_acting = False
+        self.acting.now = False
 
 
 def is_inside(path, folder):
