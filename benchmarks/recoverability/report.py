@@ -126,8 +126,10 @@ def describe_truth(pattern, rows, choices):
 
 def draw_choices(problems, path):
     """Loss after the cut against the final loss, all choices of the first pattern and what methods took of them."""
-    figure = Figure((4.2 * len(problems), 3.8), layout="constrained")
-    for axis, (settings, rows) in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True):
+    rows_of_axes = -(-len(problems) // 2)
+    figure = Figure((9, 3.4 * rows_of_axes), layout="constrained")
+    axes = figure.subplots(rows_of_axes, 2, squeeze=False).flatten()
+    for axis, (settings, rows) in zip(axes, problems, strict=False):
         drawn = jobs.choices_to_recover(settings.patterns[0], settings.depth, settings.sampled)
         truth = {tuple(row["kept"]): row for row in rows if row["kind"] == "truth" and row["seed"] == 0}
         dots = [truth[tuple(kept)] for kept in drawn if tuple(kept) in truth]
@@ -146,6 +148,8 @@ def draw_choices(problems, path):
 def draw_recoveries(problems, path):
     """Held-out loss over the compute spent, means over the seeds; and loss and speed of other depths."""
     problems = [(settings, rows) for settings, rows in problems if any(row["kind"] == "recovery" for row in rows)]
+    if not problems:
+        return
     figure = Figure((9, 3.4 * len(problems)), layout="constrained")
     for (left, right), (settings, rows) in zip(figure.subplots(len(problems), 2, squeeze=False), problems, strict=True):
         for recipe in CURVES:
