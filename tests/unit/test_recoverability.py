@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.recoverability import jobs, problem, recovery, report, summary, training
+from benchmarks.recoverability import gradients, jobs, problem, recovery, report, summary, training
 from engine.errors import RunError
+from pruning.patterns import parse_pattern
+from pruning.scores import measure_losses
+from pruning.search import choice_masks
 from pruning.surgery import keep_layers
 
 
@@ -165,3 +168,25 @@ def test_learning_repeats(tiny, method):
     assert all(torch.equal(learned[key], same[key]) for key in state)
     moved = any(not torch.equal(learned[key], state[key]) for key in state)
     assert moved == (options.update != "none")
+
+
+def test_exact_gradient(tiny):
+    """That of the expected loss, by autograd over the probabilities of all 64 choices."""
+    settings, pictures, state = tiny
+    torch.manual_seed(0)
+    state = {key: value + 0.1 * torch.randn_like(value) for key, value in state.items()}
+    net = problem.make_network(settings, pictures, state, parse_pattern("1:2", 12)).eval()
+    x, y = pictures.batch(slice(0, 8))
+    objective = settings.make_objective()
+    objective = gradients.FixedDraw(objective, objective.draw(net, x, y))
+    found = gradients.exact_gradient(net, objective, x, y, 12)
+    choices = jobs.choices_to_recover("1:2", 12, 64)
+    losses = measure_losses(net, objective, [(x, y)], choice_masks(choices, 12)).tolist()
+    logits = torch.zeros(6, 2, dtype=torch.float64, requires_grad=True)
+    likely = logits.log_softmax(1)
+    expected = sum(
+        loss * sum(likely[g, layer % 2] for g, layer in enumerate(kept)).exp()
+        for loss, kept in zip(losses, choices, strict=True)
+    )
+    expected.backward()
+    torch.testing.assert_close(found, logits.grad[:, 0])
