@@ -45,6 +45,18 @@ def test_learning(launch, family, latents, tmp_path, same_weights):
     same_weights(read_weights(out, "--ckpt"), keep_layers(family.state, facts["kept"]))
 
 
+def test_learning_from_pairs(launch, teacher, latents, tmp_path, same_weights):
+    """All of what goes with it: the processes train the same weights, and the main one writes every file once."""
+    flags = ["--load-weight", teacher.weights, "--data-path", latents, "--results-dir", tmp_path, *TRAIN]
+    flags += ["--gate-gradient", "pairs", "--target", "both", "--candidates", "contiguous", "--grad-accumulation", 2]
+    flags += ["--finalists", 2, "--init", "learned", "--save-model", tmp_path / "pruned.pt"]
+    finished(launch(2, "prune_by_learning", "--model", "DiT-T/2", "--pattern", "2:4", "--delta-w", *flags))
+    check_run(tmp_path / "learn_mask-DiT-T-2", 4)
+    trained = read_file(tmp_path / "learn_mask-DiT-T-2/checkpoints/0000004.pt", "--resume")["model"]
+    for path in (tmp_path / "pruned.pt", tmp_path / "pruned-2.pt"):
+        same_weights(read_weights(path, "--ckpt"), keep_layers(trained, read_facts(path)["kept"]))
+
+
 def test_training(launch, student, latents, tmp_path, run_script):
     """The first step of two processes, over the same images, is close to that of one: a mean over the whole batch."""
     flags = ["--load-weight", student, "--data-path", latents, *TRAIN, "--lr", 0]

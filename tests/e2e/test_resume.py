@@ -31,16 +31,21 @@ def command(name, family, latents, results):
             *("--model", family.gated, "--load-weight", family.weights, "--delta-w", "--lora"),
             *("--save-model", results / "out.pt", "--prefix", "", *common),
         ],
+        "pairs": [
+            *("--model", family.gated, "--load-weight", family.weights, "--delta-w", "--gate-gradient", "pairs"),
+            *("--target", "teacher", "--save-model", results / "out.pt", "--prefix", "", *common),
+        ],
         "train_masked_kd": [
             *("--load-weight", family.student, "--teacher", family.model, "--load-teacher", family.weights, *common)
         ],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
-def test_interrupted_run(family, latents, tmp_path, run_script, name):
+@pytest.mark.parametrize("form", ["train", "prune_by_learning", "pairs", "train_masked_kd"])
+def test_interrupted_run(family, latents, tmp_path, run_script, form):
     """Without its last states a run continues to the same weights, optimizer, averages and metrics."""
-    words = command(name, family, latents, tmp_path)
+    words = command(form, family, latents, tmp_path)
+    name = "prune_by_learning" if form == "pairs" else form
     run_script(name, *words)
     (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
     whole = read_file(shutil.copy(folder / "checkpoints" / "0000008.pt", tmp_path / "whole.pt"), "--resume")

@@ -20,6 +20,7 @@ from pruning.lora import weight_update
 
 TRAIN = ["--global-batch-size", "16", "--num-workers", "0", "--log-every", "1", "--epochs"]
 LEARN = ["--model", "DiT-T-1-2", "--delta-w"]
+PAIRS = ["--lora", "--gate-gradient", "pairs", "--target", "both"]
 
 
 def run_training(run_script, latents, folder, name, *words, epochs=1):
@@ -69,11 +70,14 @@ def test_sparse_and_dense_decide_alike(latents, lora_rank):
     assert gates.std() > 1e-3  # all are equal at first
 
 
+FORMS = {"train": ["--model", "DiT-T/2"], "prune_by_learning": LEARN, "pairs": [*LEARN, *PAIRS]}
+
+
 @pytest.mark.parametrize("flags", [["--grad-checkpointing"], ["--compile"]], ids=["checkpointing", "compile"])
-@pytest.mark.parametrize("name", ["train", "prune_by_learning"])
-def test_same_losses(teacher, latents, tmp_path, run_script, name, flags):
-    words = ["--load-weight", teacher.weights, *(LEARN if name == "prune_by_learning" else ["--model", "DiT-T/2"])]
-    found = {}
+@pytest.mark.parametrize("form", FORMS)
+def test_same_losses(teacher, latents, tmp_path, run_script, form, flags):
+    words, found = ["--load-weight", teacher.weights, *FORMS[form]], {}
+    name = "train" if form == "train" else "prune_by_learning"
     for case, extra in (("plain", []), ("flags", flags)):
         (tmp_path / case).mkdir()
         found[case] = losses(run_training(run_script, latents, tmp_path / case, name, *words, *extra)[0])
