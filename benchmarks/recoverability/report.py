@@ -51,7 +51,8 @@ def describe_all(problems):
     lines = []
     for pattern, rows in summarize_all(problems).items():
         names = [settings.title for settings, those in problems if pattern in whole_patterns(settings, those)]
-        lines += [f"### {pattern}", "", "| method | " + " | ".join(names) + " | mean regret | mean rank |"]
+        lines += [f"### {pattern}", "", "Regrets in hundred thousandths; ranks as shares of all choices.", ""]
+        lines.append("| method | " + " | ".join(names) + " | mean regret | mean rank |")
         lines.append("|---" * (len(names) + 3) + "|")
         for regret, rank, method, each in rows:
             numbers = " | ".join(f"{1e5 * value:.0f}" for value in each)
@@ -157,13 +158,15 @@ def draw_recoveries(problems, path):
             points = [
                 (mean(at), mean(loss)) for at, loss in (zip(*each, strict=True) for each in zip(*curves, strict=False))
             ]
-            left.plot(*zip(*points, strict=True), label=recipe, linewidth=1)
+            shown = [point for point in points if point[1] < 1.4 * points[-1][1]]  # parts that learn apart begin high
+            left.plot(*zip(*shown, strict=True), label=recipe, linewidth=1)
         left.set(xlabel="compute, in steps of fine-tuning", ylabel="held-out loss", yscale="log", title=settings.data)
         left.legend(fontsize=7)
         depths = summary.average(rows, "depth", "pattern", ("loss", "time_share"))
         for pattern, row in depths.items():
             right.annotate(pattern, (row["time_share"], row["loss"]), fontsize=8)
         right.plot([row["time_share"] for row in depths.values()], [row["loss"] for row in depths.values()], "o-")
+        right.set_visible(bool(depths))
         right.set(xlabel="time of a forward, share of the teacher's", ylabel="held-out loss", title="depth")
     figure.savefig(path, dpi=110)
 
