@@ -57,10 +57,15 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
-    def sinusoid(t):
+    def rates(device):
+        """Angles per step (FREQUENCIES / 2,), float32. Their last bits are those of the device's exponential."""
         half = FREQUENCIES // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * rates  # float32 also in float64 networks, as the published weights saw it
+        return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+    @classmethod
+    def sinusoid(cls, t):
+        # float32 also in float64 networks, as the published weights saw it
+        angles = t[:, None].float() * cls.rates(t.device)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t):
