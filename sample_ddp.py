@@ -78,7 +78,7 @@ def sample_missing(run, plan, folder, batches, missing, seed):
             pictures = to_uint8(sampler.sample(draws, draws.labels(plan.space.num_classes)))
             for i, pixels in zip(batch, pictures, strict=True):
                 if i in missing:
-                    writers.call(save_image, folder.file(i), pixels, True)
+                    writers.call(save_image, folder.file(i), pixels, of_many=True)
     return sum(map(len, mine)) / (time.monotonic() - start)
 
 

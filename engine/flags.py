@@ -22,7 +22,6 @@ from families.flags import (
     whole,
 )
 
-STARTS = ("kept", "average")
 FLAGS = [
     Flag(
         "model",
@@ -54,7 +53,7 @@ FLAGS = [
         "init",
         "what kept layers start from: their own weights, or the average with the dropped layers nearest to them",
         "kept",
-        choices=STARTS,
+        choices=("kept", "average"),
     ),
     switch("preview", "also sample a grid from the pruned network, as <save-model>.png"),
     Flag("epochs", "passes over the data", 1400, type=count, group=TRAINING),

@@ -22,11 +22,11 @@ class Background:
         self.pool, self.most = ThreadPoolExecutor(threads), threads * AHEAD
         self.waiting = deque()
 
-    def call(self, work, *arguments):
-        """Have work(*arguments) done; waits while too many calls are waiting."""
+    def call(self, work, *arguments, **options):
+        """Have work(*arguments, **options) done; waits while too many calls are waiting."""
         if len(self.waiting) >= self.most:
             self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(work, *arguments))
+        self.waiting.append(self.pool.submit(work, *arguments, **options))
 
     def __enter__(self):
         return self

@@ -15,8 +15,7 @@ class Network(Protocol):
     """A diffusion transformer whose blocks are in one or more `pruning.gates.BlockStack`s; a torch Module.
 
     Built with `groups=[[N, M], ...]` it owns `gumbel_gates`, and with `contiguous` too these have fewer candidates. Its
-    inputs are the family's own, between its objective and
-    its sampler; `mask`, `observe` and `drop` are common to all.
+    inputs are the family's own, between its objective and its sampler; `mask`, `observe` and `drop` are common to all.
     """
 
     in_channels: int

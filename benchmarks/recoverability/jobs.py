@@ -47,7 +47,7 @@ def prepare_worker(settings, folder):
 
 
 def measure_teacher(job):
-    """The whole network: which file it is, and how good it is."""
+    """How good the whole network is."""
     judge, net = WORKER["judge"], WORKER["teacher"]
     return {**judge.losses(net), **judge.samples(net)}
 

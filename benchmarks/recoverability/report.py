@@ -76,12 +76,11 @@ def describe(settings, rows):
     recoveries = summary.summarize_recoveries(rows)
     if recoveries:
         lines += [summary.format_recoveries(recoveries), "", *describe_masking(rows), ""]
-    names = ("loss", "distance", "frechet", "read")
-    depths = summary.average(rows, "depth", "pattern", (*names, "time_share"))
+    depths = summary.average(rows, "depth", "pattern", (*summary.MEASURES, "time_share"))
     if depths:
         heads = ("pattern", "loss", "distance", "Frechet", "read as asked", "time of a forward")
         lines += [summary.format_averages(depths, heads), ""]
-    quarters = summary.average(rows, "quarter", "method", names)
+    quarters = summary.average(rows, "quarter", "method", summary.MEASURES)
     if quarters:
         heads = ("a quarter of the layers", "loss", "distance", "Frechet", "read as asked")
         lines += [summary.format_averages(quarters, heads), ""]

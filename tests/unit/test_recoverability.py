@@ -190,3 +190,24 @@ def test_exact_gradient(tiny):
     )
     expected.backward()
     torch.testing.assert_close(found, logits.grad[:, 0])
+
+
+def test_page_says_what_the_rows_say(root):
+    """The tables of docs/results.md are those of the rows in the repository; ranks and regrets by a loop of our own."""
+    problems = report.read_problems(root / "benchmarks/recoverability/results")
+    assert len(problems) == 4
+    page = (root / "docs/results.md").read_text().partition(report.START)[2]
+    assert (
+        page.strip()
+        == "\n".join([report.describe_all(problems), *(report.describe(*each) for each in problems)]).strip()
+    )
+    for settings, rows in problems:
+        losses = {tuple(row["kept"]): row["loss"] for row in rows if row["kind"] == "truth" and row["seed"] == 0}
+        drawn = [tuple(kept) for kept in jobs.choices_to_recover("1:2", settings.depth, settings.sampled)]
+        found = {row["method"]: row for row in summary.summarize(rows, {"1:2": drawn}) if row["pattern"] == "1:2"}
+        for method in (jobs.BEST, "sensitivity", "BK-SDM"):
+            taken = [losses[tuple(row["chosen"])] for row in rows if row.get("method") == method and "chosen" in row]
+            ranks = [sorted([losses[kept] for kept in drawn]).index(loss) + 1 for loss in taken]
+            assert found[method]["rank"] == pytest.approx(sum(ranks) / len(ranks))
+            best = min(losses[kept] for kept in drawn)
+            assert found[method]["regret"] == pytest.approx(sum(taken) / len(taken) - best)
