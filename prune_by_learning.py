@@ -172,7 +172,7 @@ def main(settings):
     weights = add_update(net)
     folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
     teacher = run.freeze(networks["teacher"].build(run.device)) if share else None
-    if share and settings.compile:
+    if share and run.compiles(settings.compile):
         compile_blocks(teacher)
     objective = settings.family.make_objective(**settings.own("train"))
     step = make_step(net, teacher, objective, share, settings.gate_gradient).to(run.device)

@@ -18,7 +18,7 @@ COMMAND = Command(
         path_flag("output", "picture to write", shown="named after the weights, in outputs/samples"),
         Flag("labels", "classes to draw", type=integer_list, shown="eight of them", metavar="LIST"),
     ),
-    shared=shared(f"{SAMPLING_FLAGS} seed"),
+    shared=shared(f"{SAMPLING_FLAGS} seed", compile=False),
     kinds=("sample",),
     weights=(("ckpt", "model"),),
 )

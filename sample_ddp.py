@@ -143,6 +143,7 @@ def main(settings):
     plan.check()
 
     made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own | {"weights": weights.digest}
+    made_with["compile"] = run.compiles(settings.compile)
     file = os.stat(weights.path)
     earlier = {"ckpt_size": file.st_size, "ckpt_changed": file.st_mtime}
     name = name_folder(settings, weights.path)

@@ -108,7 +108,7 @@ def main(settings):
         return
 
     net, teacher = start.build(run.device), run.freeze(teacher_start.build(run.device))
-    if settings.compile:
+    if run.compiles(settings.compile):
         compile_blocks(teacher)
     objective = family.make_objective(**settings.own("train"))
     is_relative = settings.relative_beta is not None

@@ -159,11 +159,11 @@ def describe_default(command, flag):
         return "(required)"
     if flag.dest == "precision":
         return f"(default: {command.precision} on a GPU, fp32 on a CPU)"
-    default = (
-        ("on" if flag.default else "off")
-        if flag.switch or flag.opposite
-        else flag.shown or " ".join(map(str, as_list(flag.default)))
-    )
+    if flag.switch or flag.opposite:
+        usual = "on" if flag.default else "off"
+    else:
+        usual = " ".join(map(str, as_list(flag.default)))
+    default = flag.shown or usual
     if flag.group == FAMILY:
         return f"({', '.join(command.owners(flag))}; default: {default})"
     others = {family.name: family.defaults_for(command.name).get(flag.dest) for family in FAMILIES.values()}
@@ -188,6 +188,8 @@ def unused_flags(**defaults):
 
 def launch(main, parse_args):
     """Run a script: messages instead of tracebacks for what users can correct, and an orderly end of all processes."""
+    # Sizes change with every layer and step of gate learning: without this a GPU's memory would fall to pieces.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         sys.exit(run_script(main, parse_args))
     finally:

@@ -26,20 +26,31 @@ def start_processes(device="auto"):
     Raises InputError for a device that is not there, and RunError if the other processes do not come.
     """
     join_group()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    device = torch.device(device)
+    device = choose_device(device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"--device {device}: this machine has no usable GPU; take --device cpu")
-        device = torch.device("cuda", local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
         torch.cuda.set_device(device)
+        if dist.is_initialized():  # said here and not when joining, where NCCL would wait for those that refuse
+            dist.group.WORLD.bound_device_id = device
     return device
+
+
+def choose_device(name):
+    """The torch.device that --device names, for this process. Raises InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no usable GPU; take --device cpu")
+    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    index = int(name.partition(":")[2] or local)
+    if ":" in name and world_size() > 1:
+        raise InputError(f"--device {name}: {world_size()} processes cannot share one GPU; take --device cuda")
+    if index >= there:
+        raise InputError(f"--device cuda:{index}: this machine has {there} GPU(s), numbered from 0")
+    return torch.device("cuda", index)
 
 
 def join_group():

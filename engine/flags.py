@@ -90,7 +90,13 @@ FLAGS = [
     Flag("ckpt-every", "steps between checkpoints", 10000, type=count, group=SYSTEM),
     Flag("keep-checkpoints", "newest checkpoints that stay", type=count, shown="all", metavar="N", group=SYSTEM),
     Flag("keep-every", "steps whose multiples stay too", type=count, shown="none", metavar="N", group=SYSTEM),
-    switch("compile", "compile the networks with torch.compile, block by block", group=SYSTEM),
+    Flag(
+        "compile",
+        "compile the networks with torch.compile, block by block",
+        opposite=True,
+        shown="on with a GPU",
+        group=SYSTEM,
+    ),
     switch("grad-checkpointing", "recompute activations in the backward: less memory, more time", group=SYSTEM),
     Flag("grad-accumulation", "parts that each process's batch is computed in", 1, type=count, group=SYSTEM),
     switch("dry-run", "check everything, show settings, sizes and steps, and stop", group=SYSTEM),
@@ -117,7 +123,7 @@ def shared(names, **defaults):
     for name in names.split():
         row = TABLE[name]
         if row.dest in defaults:
-            row = replace(row, default=defaults.pop(row.dest), required=False)
+            row = replace(row, default=defaults.pop(row.dest), required=False, shown="")
         rows.append(row)
     assert not defaults, defaults
     return tuple(rows)

@@ -70,8 +70,7 @@ class Ema:
     def update(self, step):
         """Take in the weights after step `step`, counted from 0."""
         decay = decay_at(step, self.decay, self.warmup)
-        torch._foreach_mul_(self.averages, decay)
-        torch._foreach_add_(self.averages, self.live, alpha=1 - decay)
+        torch._foreach_lerp_(self.averages, self.live, 1 - decay)
 
 
 def decay_at(step, decay, warmup):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 from engine import distributed
 from pruning.gates import block_stacks
@@ -66,6 +67,10 @@ class Run:
     def pins_memory(self):
         """Whether batches should be read into pinned memory, from where a GPU fetches them."""
         return self.device.type == "cuda"
+
+    def compiles(self, asked):
+        """Whether networks are compiled: what --compile asked for, else (None) on a GPU that a compiler is there for."""
+        return asked if asked is not None else self.device.type == "cuda" and has_triton()
 
     def autocast(self):
         """The context in which networks compute."""

@@ -52,7 +52,7 @@ class SamplingPlan:
     own: dict
     num_sampling_steps: int
     cfg_scale: float
-    compile: bool = False
+    compile: bool | None = None
 
     def check(self):
         """Raise InputError for weights, sizes and flags that do not fit together."""
@@ -87,7 +87,7 @@ class SamplingPlan:
         """A PictureSampler, ready to draw."""
         config, codec = self.config, self.space.load_codec(run.device)
         net = run.freeze(self.weights.build(self.model, config, run.device))
-        if self.compile:
+        if run.compiles(self.compile):
             compile_blocks(net)
         shape = (config["in_channels"], config["input_size"], config["input_size"])
         return PictureSampler(run, net, self.make_sampler().to(run.device), codec, shape)

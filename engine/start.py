@@ -175,9 +175,10 @@ def start_training(settings, run, data, networks, sketch, facts):
         return remarks
 
     remarks = on_main(prepare, patient=True)
+    compiled = ", compiled (the first steps take long)" if run.compiles(settings.compile) else ""
     lines = [
         f"command: {about['environment']['command']}",
-        f"{run.world} process(es), {run.device.type}, {run.precision}, folder {path}",
+        f"{run.world} process(es), {run.device.type}, {run.precision}{compiled}, folder {path}",
         *describe_settings(settings),
         *describe_size_lines(sizes, settings.global_batch_size),
         *remarks,

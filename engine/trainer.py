@@ -27,7 +27,7 @@ class TrainingOptions:
     clip_norm: float = 1.0
     grad_accumulation: int = 1
     grad_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None
     log_every: int = 100
     ckpt_every: int = 10000
 
@@ -48,7 +48,7 @@ class Trainer:
         self.wrapped, self.steps, self.grad_norm = step, 0, 0.0
         if options.grad_checkpointing:
             checkpoint_blocks(self.net)
-        if options.compile:
+        if run.compiles(options.compile):
             compile_blocks(self.net)
         if run.world > 1:
             # Buffers are tables that never change. The flag that says so was renamed in torch 2.14.

@@ -78,22 +78,28 @@ class LayerGates(nn.ParameterList):
         tables = [candidate_masks(n, m, contiguous) for n, m in groups]
         super().__init__(nn.Parameter(torch.full((1, len(table)), INITIAL_LOGIT, device="cpu")) for table in tables)
         self.groups = [tuple(group) for group in groups]
+        self.alike = [[g for g, each in enumerate(self.groups) if each == kind] for kind in dict.fromkeys(self.groups)]
         self.tau, self.scaling = 1.0, 1.0
         for g, table in enumerate(tables):
             self.register_buffer(f"candidates_{g}", table, persistent=False)
 
     def draw_gumbel(self, n):
         """Gumbel noise, one (n, candidates) tensor per group."""
-        return [-torch.empty(n, p.shape[1], dtype=p.dtype, device=p.device).exponential_().log() for p in self]
+        drawn = [torch.empty(n, p.shape[1], dtype=p.dtype, device=p.device).exponential_() for p in self]
+        logs = torch._foreach_log(drawn)
+        return torch._foreach_neg(logs)
 
     def draw(self, n, gumbel=None):
         """Draw one candidate per group for each of n samples: mask (n, L), exactly 0/1, with the softmax's gradient."""
-        masks = []
-        for g, noise in enumerate(gumbel or self.draw_gumbel(n)):
-            table = self.get_buffer(f"candidates_{g}")
+        gumbel, masks = gumbel or self.draw_gumbel(n), [None] * len(self)
+        for members in self.alike:  # groups of the same N and M together
+            table = self.get_buffer(f"candidates_{members[0]}")
+            logits, noise = torch.stack([self[g] for g in members]), torch.stack([gumbel[g] for g in members])
             with torch.autocast(table.device.type, enabled=False):
-                soft = ((self[g] * self.scaling + noise) / self.tau).softmax(-1)
-                masks.append(table[soft.argmax(-1)] + (soft - soft.detach()) @ table)
+                soft = ((logits * self.scaling + noise) / self.tau).softmax(-1)  # (groups, n, candidates)
+                drawn = table[soft.argmax(-1)] + (soft - soft.detach()) @ table
+            for g, mask in zip(members, drawn.unbind(), strict=True):
+                masks[g] = mask
         return torch.cat(masks, dim=1)
 
     def choose(self, n):

@@ -27,14 +27,14 @@ class Routes:
             skipped = (skipped + torch.rand(len(counts), device="cpu")).floor()
         order = order.T.contiguous().to(mask.device, non_blocking=True)
         ends = zip(order, counts, skipped.int().tolist(), strict=True)
-        self.rows = [(column[:count], column[count : count + rest]) for column, count, rest in ends]
+        self.rows = [(_rows(column, 0, count), _rows(column, count, rest)) for column, count, rest in ends]
 
     def run(self, stack, layer, x, *context):
         """Tokens x (N, T, D) -> layer `layer` of x for the samples that keep it, x for the others."""
         block, (kept, skipped) = stack[layer], self.rows[layer]
-        inputs = [tensor.index_select(0, kept) for tensor in (x, *context)]
+        inputs = [_take(tensor, kept) for tensor in (x, *context)]
         idle = []
-        if len(kept):
+        if len(inputs[0]):
             y = stack.run(block, *inputs)
         else:  # the parameters still get gradients (of zero), which DDP and the optimizer's averages wait for
             y, idle = inputs[0], [p for p in block.parameters() if p.requires_grad]
@@ -42,13 +42,28 @@ class Routes:
         if self.mask.requires_grad:
             with torch.no_grad():  # after the pass with gradients: autocast's copies of weights come from the first
                 delta = y - inputs[0]
-                inputs = [tensor.index_select(0, skipped) for tensor in (x, *context)]
-                rest = block(*inputs) - inputs[0] if len(skipped) else inputs[0]
+                inputs = [_take(tensor, skipped) for tensor in (x, *context)]
+                rest = block(*inputs) - inputs[0] if len(inputs[0]) else inputs[0]
                 if torch.is_autocast_enabled(x.device.type):  # as precise as what they are made of
                     dtype = torch.get_autocast_dtype(x.device.type)
                     delta, rest = delta.to(dtype), rest.to(dtype)
         gate = self.mask[:, layer]
         return _Merge.apply(x, y.to(x.dtype), gate, delta, rest, kept, skipped, self.weight, *idle)
+
+
+def _rows(column, start, count):
+    """`count` entries of a column from `start`, or None for all of them, which need no gathering."""
+    return None if count == len(column) else column[start : start + count]
+
+
+def _take(tensor, rows):
+    """The rows of a tensor (N, ...), of which None means all."""
+    return tensor if rows is None else tensor.index_select(0, rows)
+
+
+def _index(rows):
+    """The same, to write to."""
+    return ... if rows is None else rows
 
 
 class _Merge(torch.autograd.Function):
@@ -58,22 +73,29 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, x, y, gate, delta, rest, kept, skipped, weight, *idle):
         ctx.save_for_backward(delta, rest, kept, skipped)
         ctx.weight, ctx.gate_shape, ctx.idle = weight, (gate.shape, gate.dtype), idle
-        return x.index_copy(0, kept, y)
+        if kept is None:
+            return y.view_as(y)
+        return x.index_copy(0, kept, y) if len(kept) else x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         delta, rest, kept, skipped = ctx.saved_tensors
-        at_kept = g.index_select(0, kept)
+        at_kept = _take(g, kept)
         gate = None
         if ctx.needs_input_grad[2]:
             shape, dtype = ctx.gate_shape
             gate = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=g.device)
-            gate[kept] = _dot(at_kept, delta).to(gate.dtype)
-            gate[skipped] = _dot(g.index_select(0, skipped), rest).to(gate.dtype) * ctx.weight
+            gate[_index(skipped)] = _dot(_take(g, skipped), rest).to(gate.dtype) * ctx.weight
+            if len(at_kept):
+                gate[_index(kept)] = _dot(at_kept, delta).to(gate.dtype)
             gate = gate.to(dtype)
         idle = [torch.zeros_like(p) for p in ctx.idle]
-        return g.index_fill(0, kept, 0), at_kept, gate, None, None, None, None, None, *idle
+        if kept is None:
+            passed = None
+        else:
+            passed = g.index_fill(0, kept, 0) if len(kept) else g
+        return passed, at_kept, gate, None, None, None, None, None, *idle
 
 
 def _dot(a, b):
