@@ -69,7 +69,7 @@ class Run:
         return self.device.type == "cuda"
 
     def compiles(self, asked):
-        """Whether networks are compiled: what --compile asked for, else (None) on a GPU that a compiler is there for."""
+        """Whether networks are compiled: as asked for; by default (None) on a GPU, if the compiler is there."""
         return asked if asked is not None else self.device.type == "cuda" and has_triton()
 
     def autocast(self):

@@ -91,9 +91,8 @@ class _Merge(torch.autograd.Function):
                 gate[_index(kept)] = _dot(at_kept, delta).to(gate.dtype)
             gate = gate.to(dtype)
         idle = [torch.zeros_like(p) for p in ctx.idle]
-        if kept is None:
-            passed = None
-        else:
+        passed = None
+        if kept is not None:  # else nothing goes past the block
             passed = g.index_fill(0, kept, 0) if len(kept) else g
         return passed, at_kept, gate, None, None, None, None, None, *idle
 
