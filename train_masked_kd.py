@@ -108,12 +108,14 @@ def main(settings):
         return
 
     net, teacher = start.build(run.device), run.freeze(teacher_start.build(run.device))
-    if run.compiles(settings.compile):
+    compiled = run.compiles(settings.compile)
+    if compiled:
         compile_blocks(teacher)
     objective = family.make_objective(**settings.own("train"))
     is_relative = settings.relative_beta is not None
     beta = settings.relative_beta if is_relative else settings.beta
-    step = DistillStep(net, teacher, objective, pairs, settings.alpha, beta, settings.mask_threshold, is_relative)
+    how = (settings.alpha, beta, settings.mask_threshold, is_relative, compiled)
+    step = DistillStep(net, teacher, objective, pairs, *how)
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net), recipe.schedule(data.total_steps)
     trainer = Trainer(run, step.to(run.device), groups, net, options, schedule)

@@ -1,4 +1,7 @@
-"""What unit and end-to-end tests share: one thread, small networks, and a tiny data set with a trained teacher."""
+"""What tests share: their device, one thread, small networks, and a tiny data set with a trained teacher.
+
+TEST_DEVICE=cuda runs those that the command for a GPU lists (benchmarks/gpu) on it.
+"""
 
 import importlib
 import logging
@@ -13,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from machine import DEVICE
 from PIL import Image
 
 from engine.checkpoint import read_weights, save_weights
@@ -41,6 +45,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def test_device(request):
+    """Tensors are made on TEST_DEVICE, and products are exact; scripts choose their device themselves."""
+    if DEVICE.type == "cpu" or "e2e" in request.path.parts:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    from_numpy = torch.from_numpy
+    with pytest.MonkeyPatch.context() as patch, DEVICE:
+        patch.setattr(torch, "from_numpy", lambda array: from_numpy(array).to(DEVICE))  # tables of noise schedules
+        yield
+
+
 @pytest.fixture(scope="session")
 def root():
     """The project's folder."""
@@ -58,7 +75,7 @@ def small_net():
         with torch.no_grad():
             for name, p in net.named_parameters():
                 if name != "pos_embed" and not name.startswith("gumbel_gates"):
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+                    p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.2)
         return net.eval()
 
     return build
@@ -68,7 +85,8 @@ def small_net():
 def batch():
     """Latents, steps and labels for `small_net`."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, 3, 4, 4, generator=generator), torch.tensor([0, 5, 500, 999]), torch.tensor([0, 1, 2, 4])
+    x = torch.randn(4, 3, 4, 4, generator=generator, device="cpu").to(DEVICE)
+    return x, torch.tensor([0, 5, 500, 999]), torch.tensor([0, 1, 2, 4])
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +123,7 @@ def launch():
     def run(processes, name, *argv):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes else []), str(ROOT / f"{name}.py"), *map(str, argv)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
     return run

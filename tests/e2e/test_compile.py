@@ -1,12 +1,17 @@
 """`--compile`: everything that takes time is compiled, and no network reaches torch's limit of recompilations."""
 
+import logging
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx, metrics
 
 from diffusion.objectives import TrainStep
 from engine.run import checkpoint_blocks, compile_blocks
 from families import create_model, family_of
+from models import DiTBlock
+from pruning.distillation import masked_feature_loss
 from pruning.lora import weight_update
 
 UPDATES = {"gates": (False, None), "full": (True, None), "lora": (True, 4)}
@@ -59,3 +64,66 @@ def test_head_is_compiled():
     compile_blocks(net, backend="aot_eager")
     parts = [*net.encoder_blocks, *net.decoder_blocks, net.diffloss.net]
     assert all(part._compiled_call_impl is not None for part in parts)
+
+
+@pytest.fixture
+def count_bytes(fresh_compiler):
+    """count_bytes(work): bytes that the compiled graphs of work() move, matrix products and attention left out."""
+    logger = compile_fx.inductor_metrics_log
+    level = logger.level
+    logger.setLevel(logging.INFO)  # else nothing is counted, nor is a graph that comes from a cache
+
+    def count(work):
+        torch._dynamo.reset()
+        metrics.reset()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            work()
+        fused = [n for node, n in metrics.nodes_num_elem if not type(node).__name__.startswith("Extern")]
+        assert fused
+        return 4 * sum(fused)
+
+    yield count
+    logger.setLevel(level)
+
+
+def per_element(count, work, tokens, width):
+    """Bytes per element of (N, tokens, width): what two samples more cost, so that weights do not count."""
+    four, six = count(lambda: work(4)), count(lambda: work(6))
+    return (six - four) / (2 * tokens * width)
+
+
+def test_bytes_of_the_feature_loss(count_bytes):
+    """Forward and backward; a GPU makes two passes over both tensors where this processor makes one: 8 bytes more."""
+
+    def work(n):
+        student, teacher = torch.randn(n, 64, 96, requires_grad=True), torch.randn(n, 64, 96)
+        masked_feature_loss(student, teacher, 2.0, compiled=True).sum().backward()
+
+    assert per_element(count_bytes, work, 64, 96) <= 32
+
+
+def test_bytes_of_a_block(count_bytes):
+    """Forward in bf16, with tokens in float32."""
+
+    def work(n):
+        block = DiTBlock(96, 4, 4.0)
+        block.compile()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            block(torch.randn(n, 256, 96), torch.randn(n, 96))
+
+    assert per_element(count_bytes, work, 256, 96) <= 60
+
+
+def test_compiled_feature_loss(fresh_compiler):
+    """The same loss and gradient as the plain one."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 8, 16)
+    student[0, 0, 0] = teacher[2, 1, 1] = 30.0
+    found = []
+    for compiled in (False, True):
+        x = student.clone().requires_grad_()
+        loss = masked_feature_loss(x, teacher, 2.0, compiled)
+        (loss * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        found.append((loss.detach(), x.grad))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from machine import DEVICE
 
 from diffusion.objectives import Draw, GaussianObjective
 from models import DiT
@@ -113,7 +114,7 @@ class Golden(Recorded):
 
 def network(config, seed, std, dtype=torch.float32, gate_std=0.02, **options):
     """A DiT in eval mode with the rebuilt weights; the position table stays the network's own."""
-    net = DiT(**config, **options)
+    net = DiT(**config, **options).to(DEVICE)
     state = net.state_dict()
     weights = gw.fill_model([(name, tuple(value.shape)) for name, value in state.items()], seed, std, gate_std)
     net.load_state_dict(state | {name: torch.as_tensor(value) for name, value in weights.items()})

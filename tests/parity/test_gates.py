@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from machine import DEVICE
 from torch.nn import functional as F
 
 from pruning.gates import LayerGates, decide
@@ -87,7 +88,7 @@ def decided_gates(case, dtype):
     gates = LayerGates(case["config"]["groups"], case["config"]["depth"])
     for g, gate in enumerate(gates):
         gate.data = DECISIONS[f"{case['key']}.gate_{g}"].float()
-    return gates.to(dtype)
+    return gates.to(DEVICE, dtype)
 
 
 @CASES

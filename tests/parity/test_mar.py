@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from machine import DEVICE
 from torch.nn.functional import unfold
 
 from diffusion import create_diffusion
@@ -65,7 +66,7 @@ class Recording(golden.Recording):
 
     def network(self, seed="seed", std=None, small=(), **options):
         """MAR in eval mode with the rebuilt weights; names that start with one of `small` are shrunk."""
-        net = MAR(**self.config | options)
+        net = MAR(**self.config | options).to(DEVICE)
         for name, weight in net.state_dict().items():
             own = self.arrays["head_std" if name.startswith("diffloss.") else "weight_std"]
             weight.copy_(torch.as_tensor(gw.normal(name, weight.shape, self.arrays[seed], std or own)))
@@ -307,7 +308,7 @@ def test_images_depend_on_their_own_draws_only(run):
         generators = [torch.Generator().manual_seed(row) for row in rows]
 
         def noise_of(k, shape):
-            return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators])
+            return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") for g in generators])
 
         labels = r.labels[rows]
         return r.sampler(r.net, labels, noise_of(0, r["latents"].shape[1:]), noise_of)
@@ -399,7 +400,7 @@ def tiny(name="MAR-T", **options):
     torch.manual_seed(0)
     net = MAR_models[name](
         **{"input_size": 4, "in_channels": 4, "patch_size": 1, "num_classes": 10, "hidden_size": 32} | options
-    )
+    ).to(DEVICE)
     for parameter in net.diffloss.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from machine import DEVICE
 
 from diffusion.flow import (
     LOSS_WEIGHTS,
@@ -36,7 +37,7 @@ class Recording(golden.Recording):
 
     def network(self, seed="seed", std=None, **options):
         """SiT in eval mode with the rebuilt weights; the position table stays its own."""
-        net = SiT(**self.facts | options)
+        net = SiT(**self.facts | options).to(DEVICE)
         for name, weight in net.state_dict().items():
             if name != "pos_embed":
                 values = gw.normal(name, weight.shape, self.arrays[seed], std or self.arrays["weight_std"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from machine import DEVICE
 from torch import nn
 
 from diffusion.objectives import TrainStep
@@ -19,7 +20,7 @@ def gated_net(pattern, update="full", dtype=torch.float64):
     """A small gated network with weights that matter everywhere, ready to be trained by `update`."""
     depth = DEPTHS[pattern]
     torch.manual_seed(0)
-    net = DiT(4, 2, 2, 16, depth, 2, num_classes=5, groups=parse_pattern(pattern, depth))
+    net = DiT(4, 2, 2, 16, depth, 2, num_classes=5, groups=parse_pattern(pattern, depth)).to(DEVICE)
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
     weight_update(net, *UPDATES[update])
@@ -66,7 +67,7 @@ def test_gradients_equal_the_dense_form(pattern, update, checkpointing):
 @pytest.mark.parametrize("name", ["SiT-T-1-2", "MAR-T-1-2"])
 def test_other_families(name, update, checkpointing):
     torch.manual_seed(0)
-    net = create_model(name, input_size=8, in_channels=3, num_classes=5).train()
+    net = create_model(name, input_size=8, in_channels=3, num_classes=5).train().to(DEVICE)
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     weight_update(net, *UPDATES[update])
@@ -115,14 +116,14 @@ def test_mask_without_gradient_runs_no_skipped_sample():
 def test_autocast_keeps_the_gradients_of_weights():
     """Autocast keeps its copy of a weight; made without gradients first, it would cut the weight off."""
     net = gated_net("1:2", dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         (_, expected), (_, got) = gradients(net, True), gradients(net, False)
     assert_equal(got, expected, 0.1)
 
 
 def test_share_of_skipped_samples_is_unbiased():
     """The mean gate gradient over many draws is within the standard error of the exact one, and costs less."""
-    gates, stack = LayerGates([[1, 2]] * 2, 4), BlockStack(nn.Linear(3, 3).double() for _ in range(4))
+    gates, stack = LayerGates([[1, 2]] * 2, 4).to(DEVICE), BlockStack(nn.Linear(3, 3).double() for _ in range(4))
     torch.manual_seed(0)
     mask = gates.draw(10).detach().double()
     x, goal = torch.randn(2, 10, 2, 3, dtype=torch.float64)

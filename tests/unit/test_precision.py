@@ -1,0 +1,54 @@
+"""Half precision stays near float32, on whatever device the tests run on."""
+
+import pytest
+import torch
+from machine import DEVICE
+
+from engine.run import cast_frozen_weights
+from families import create_model, family_of
+
+BOUNDS = {"bf16": (torch.bfloat16, 2e-2), "fp16": (torch.float16, 4e-3)}  # relative, of the norms
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("name", ["DiT-S/2", "SiT-S/2", "MAR-B"])
+def test_losses_and_gradients(name, precision):
+    """The output of a training step's network, and the gradient of its loss, against those in float32."""
+    dtype, bound = BOUNDS[precision]
+    torch.manual_seed(0)
+    net = create_model(name, input_size=8, num_classes=5).to(DEVICE).eval()
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    family = family_of(name)
+    objective = family.make_objective(**family.own_defaults("train")).to(DEVICE)
+    x, y = torch.randn(4, net.in_channels, 8, 8), torch.arange(4)
+    draw = objective.draw(net, x, y)
+
+    def compute():
+        net.zero_grad()
+        prediction = objective.predict(net, x, y, draw)
+        objective.loss(prediction.float(), x, draw)["loss"].mean().backward()
+        return prediction.detach().float(), torch.cat(
+            [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        )
+
+    expected = compute()
+    with torch.autocast(DEVICE.type, dtype):
+        found = compute()
+    for half, full in zip(found, expected, strict=True):
+        error = ((half - full).norm() / full.norm()).item()
+        assert 0 < error <= bound
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_frozen_weights_change_nothing(precision):
+    """Weights that are held in half precision give the bits that autocast's copies of them give."""
+    torch.manual_seed(0)
+    net = create_model("DiT-S/2", input_size=8, num_classes=5).to(DEVICE).eval().requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.arange(2)
+    with torch.autocast(DEVICE.type, BOUNDS[precision][0]):
+        expected = net(*inputs)
+        assert torch.equal(cast_frozen_weights(net, precision)(*inputs), expected)
