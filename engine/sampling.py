@@ -53,6 +53,7 @@ class SamplingPlan:
     num_sampling_steps: int
     cfg_scale: float
     compile: bool = False
+    vae_precision: str = "fp32"
 
     def check(self):
         """Raise InputError for weights, sizes and flags that do not fit together."""
@@ -85,7 +86,8 @@ class SamplingPlan:
 
     def load(self, run):
         """A PictureSampler, ready to draw."""
-        config, codec = self.config, self.space.load_codec(run.device)
+        config, in_half = self.config, self.vae_precision != "fp32"
+        codec = self.space.load_codec(run.device, channels_last=in_half, precision=self.vae_precision)
         net = run.freeze(self.weights.build(self.model, config, run.device))
         if self.compile:
             compile_blocks(net)
