@@ -4,7 +4,6 @@ Networks are called as net(tokens, masked, y) -> conditions (N, L, D), and their
 head(x_t, t, z) on M tokens at once. Tokens taken from a mask come sample by sample, positions ascending.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -175,13 +174,17 @@ class MaskedSampler(nn.Module):
     def forward(self, net, y, noise, step_noise=None, progress=False):
         """Labels y (N,), `num_classes` for none, and start noise (N, C, H, W) -> latents (N, C, H, W), scaled.
 
-        The start noise decides on the order of the tokens only. step_noise(k, shape) gives the k-th standard normal
-        tensor (N, *shape), shape being (tokens of the step, width); row i of it belongs to image i.
+        The start noise decides on the order of the tokens only. step_noise(k, shape, count) gives `count` standard
+        normal tensors from the k-th on, (count, N, *shape), shape being (tokens of the step, width); row i of each
+        belongs to image i.
         """
         # Of independent values the ranks are a uniform permutation, and each image has its own.
         order = net.patchify(noise).mean(-1).argsort(1)
-        draw = step_noise or (lambda k, shape: torch.randn(len(noise), *shape, dtype=noise.dtype, device=noise.device))
-        for step in self.trajectory(net, y, order, draw, progress):
+
+        def draw(_, shape, count):
+            return torch.stack([noise.new_empty(len(noise), *shape).normal_() for _ in range(count)])
+
+        for step in self.trajectory(net, y, order, step_noise or draw, progress):
             tokens = step.tokens
         return net.unpatchify(tokens)
 
@@ -189,32 +192,29 @@ class MaskedSampler(nn.Module):
     def trajectory(self, net, y, order, step_noise, progress=False):
         """Yield a MaskedStep for every step. order (N, L): the last position is revealed first.
 
-        step_noise(k, shape) is asked, for every step, for the head's start and then the noise of its ancestral steps.
+        step_noise is asked once for every step: for the head's start and then the noise of its ancestral steps.
         """
         guided, null = self.cfg_scale != 1, torch.full_like(y, net.num_classes)
         labels, twice = (torch.cat([y, null]), 2) if guided else (y, 1)
         plan = plan_steps(order.shape[1], self.num_iter, self.cfg_scale, self.schedule)
-        draws, tokens, masked = itertools.count(), None, mask_first(order, order.shape[1])
-        for before, after, cfg_scale in tqdm(plan, disable=not progress, desc="sampling", leave=False):
-
-            def draw(_=None, shape=(before - after, net.token_width)):
-                return step_noise(next(draws), shape).flatten(0, 1)
-
-            start = draw()
+        draws, tokens, masked = 1 + self.diffusion.num_timesteps, None, mask_first(order, order.shape[1])
+        for k, (before, after, cfg_scale) in enumerate(tqdm(plan, disable=not progress, desc="sampling", leave=False)):
+            # All at once, or a GPU would wait for the processor's noise at every step of the head.
+            noise = step_noise(k * draws, (before - after, net.token_width), draws).flatten(1, 2)
             if tokens is None:
-                tokens = start.new_zeros(*order.shape, net.token_width)
+                tokens = noise.new_zeros(*order.shape, net.token_width)
             z = net(tokens.repeat(twice, 1, 1), masked.repeat(twice, 1), labels)
             remaining = mask_first(order, after)
             revealed, masked = masked & ~remaining, remaining
             z = z[revealed.repeat(twice, 1)]
-            sampled = self._run_head(net.diffloss.net, z, start, cfg_scale, draw)
+            sampled = self._run_head(net.diffloss.net, z, noise[0], cfg_scale, noise[1:])
             tokens = tokens.masked_scatter(revealed.unsqueeze(-1), sampled)
             yield MaskedStep(z, cfg_scale, sampled, tokens, masked)
 
-    def _run_head(self, head, z, start, cfg_scale, step_noise):
-        """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; step_noise(j): (M, width)."""
+    def _run_head(self, head, z, start, cfg_scale, noise):
+        """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; noise (steps, M, width)."""
         options = {"clip_denoised": self.clip_denoised, "temperature": self.temperature, "model_kwargs": {"z": z}}
         if len(z) > len(start):
             head = partial(guide_head, head, scale=cfg_scale)
             options["model_kwargs"] = dict(zip(("z", "null"), z.chunk(2), strict=True))
-        return self.diffusion.p_sample_loop(head, start.shape, noise=start, step_noise=step_noise, **options)
+        return self.diffusion.p_sample_loop(head, start.shape, noise=start, step_noise=noise.__getitem__, **options)
