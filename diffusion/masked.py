@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from diffusion.head_graph import HeadGraphs
+
 KL16_SCALE = 0.2325  # 1 / standard deviation of the latents of MAR's autoencoder, as published
 RATIO_STD = 0.25  # of the masking ratio, a normal around 1
 
@@ -135,11 +137,17 @@ def plan_steps(length, num_iter, cfg_scale=1.0, schedule="linear"):
 
 
 def guide_head(head, x, t, z, null, scale):
-    """Head output (M, 2 * width) for conditions z and null (M, D): the noise is guided, the variance that of z."""
+    """Head output (M, 2 * width) for conditions z and null (M, D): the noise is guided, the variance that of z.
+
+    scale: a number, or a tensor () of float64.
+    """
     cond, uncond = head(torch.cat([x, x]), torch.cat([t, t]), torch.cat([z, null])).chunk(2)
     noise, variance = cond.chunk(2, dim=1)
     unguided = uncond[:, : x.shape[1]]
-    return torch.cat([unguided + scale * (noise - unguided), variance], dim=1)
+    step = noise - unguided
+    # A scale on the device would be rounded to half precision before the product, a number is not.
+    step = (scale * step.to(torch.promote_types(step.dtype, torch.float32))).to(step.dtype)
+    return torch.cat([unguided + step, variance], dim=1)
 
 
 @dataclass
@@ -159,10 +167,20 @@ class MaskedSampler(nn.Module):
     diffusion: the head's chain, usually respaced. cfg_scale: 1 is no guidance. schedule: "linear" or "constant".
     temperature: multiplies the noise of the ancestral steps. clip_denoised: for data in [-1, 1], such as pixels; the
     cosine schedule starts where errors of the noise count 20,000-fold in the data, too many for a small network.
+    head_graphs: on a GPU, replay the head's steps as graphs (head_graph.py); the samples are the same up to rounding.
     Raises ValueError for values that make no sense.
     """
 
-    def __init__(self, diffusion, num_iter=64, cfg_scale=1.0, schedule="linear", temperature=1.0, clip_denoised=False):
+    def __init__(
+        self,
+        diffusion,
+        num_iter=64,
+        cfg_scale=1.0,
+        schedule="linear",
+        temperature=1.0,
+        clip_denoised=False,
+        head_graphs=True,
+    ):
         super().__init__()
         if num_iter < 1:
             raise ValueError(f"num_iter is {num_iter}: expected at least 1")
@@ -170,6 +188,7 @@ class MaskedSampler(nn.Module):
             raise ValueError(f"schedule is {schedule!r}: expected one of {', '.join(GUIDANCE)}")
         self.diffusion, self.num_iter, self.temperature = diffusion, num_iter, temperature
         self.cfg_scale, self.schedule, self.clip_denoised = cfg_scale, schedule, clip_denoised
+        self.graphs = HeadGraphs(diffusion) if head_graphs else None
 
     def forward(self, net, y, noise, step_noise=None, progress=False):
         """Labels y (N,), `num_classes` for none, and start noise (N, C, H, W) -> latents (N, C, H, W), scaled.
@@ -213,8 +232,12 @@ class MaskedSampler(nn.Module):
 
     def _run_head(self, head, z, start, cfg_scale, noise):
         """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; noise (steps, M, width)."""
-        options = {"clip_denoised": self.clip_denoised, "temperature": self.temperature, "model_kwargs": {"z": z}}
+        options = {"clip_denoised": self.clip_denoised, "temperature": self.temperature}
+        model, conditions = head, {"z": z}
         if len(z) > len(start):
-            head = partial(guide_head, head, scale=cfg_scale)
-            options["model_kwargs"] = dict(zip(("z", "null"), z.chunk(2), strict=True))
-        return self.diffusion.p_sample_loop(head, start.shape, noise=start, step_noise=noise.__getitem__, **options)
+            z, null = z.chunk(2)
+            model, conditions = partial(guide_head, head), {"z": z, "null": null, "scale": cfg_scale}
+        if self.graphs and self.graphs.fit(start):
+            return self.graphs.sample(head, model, conditions, start, noise, **options)
+        given = {"noise": start, "step_noise": noise.__getitem__, "model_kwargs": conditions}
+        return self.diffusion.p_sample_loop(model, start.shape, **given, **options)

@@ -47,8 +47,7 @@ class ImageDraws:
 
     def _draw_normal(self, count, shape):
         """The next `count` tensors of every image on the CPU, (N, count, *shape); pinned if they go to a GPU."""
-        pinned = torch.device(self.device).type == "cuda"  # for pin_memory
-        drawn = torch.empty(len(self.generators), count, *shape, pin_memory=pinned)
+        drawn = torch.empty(len(self.generators), count, *shape, pin_memory=torch.device(self.device).type == "cuda")
         # torch makes normal numbers by sixteens: a call for several tensors gives other numbers than a call for each,
         # unless these are whole sixteens.
         whole = math.prod(shape) % SIXTEEN == 0
