@@ -38,6 +38,8 @@ SAMPLE_SETTINGS = (
     *("model", "vae", "image_size", "num_classes", "cfg_scale", "num_sampling_steps", "global_seed", "no_ema"),
     *("tf32", "compile", "precision", "per_proc_batch_size"),
 )
+# The same, younger than some folders: what their records stand for that do not name it.
+LATER_SETTINGS = {"vae_precision": "fp32"}
 
 
 def parse_args(argv=None):
@@ -142,12 +144,13 @@ def main(settings):
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=own)
     plan.check()
 
-    made_with = {name: getattr(settings, name) for name in SAMPLE_SETTINGS} | own | {"weights": weights.digest}
+    names = (*SAMPLE_SETTINGS, *LATER_SETTINGS)
+    made_with = {name: getattr(settings, name) for name in names} | own | {"weights": weights.digest}
     made_with["compile"] = run.compiles(settings.compile)
     file = os.stat(weights.path)
     earlier = {"ckpt_size": file.st_size, "ckpt_changed": file.st_mtime}
     name = name_folder(settings, weights.path)
-    folder = SampleFolder(settings.sample_dir, name, made_with, settings.image_size, earlier)
+    folder = SampleFolder(settings.sample_dir, name, made_with, settings.image_size, earlier, LATER_SETTINGS)
     check_writable("--sample-dir", f"{folder.path}.npz", evaluate=reference.paths if reference else None)
     print_start(settings, run, folder=name)
     note_early_average(run, weights)

@@ -4,7 +4,6 @@ Networks are called as net(tokens, masked, y) -> conditions (N, L, D), and their
 head(x_t, t, z) on M tokens at once. Tokens taken from a mask come sample by sample, positions ascending.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from diffusion.head_graph import HeadGraphs
 
 KL16_SCALE = 0.2325  # 1 / standard deviation of the latents of MAR's autoencoder, as published
 RATIO_STD = 0.25  # of the masking ratio, a normal around 1
@@ -136,11 +137,17 @@ def plan_steps(length, num_iter, cfg_scale=1.0, schedule="linear"):
 
 
 def guide_head(head, x, t, z, null, scale):
-    """Head output (M, 2 * width) for conditions z and null (M, D): the noise is guided, the variance that of z."""
+    """Head output (M, 2 * width) for conditions z and null (M, D): the noise is guided, the variance that of z.
+
+    scale: a number, or a tensor () of float64.
+    """
     cond, uncond = head(torch.cat([x, x]), torch.cat([t, t]), torch.cat([z, null])).chunk(2)
     noise, variance = cond.chunk(2, dim=1)
     unguided = uncond[:, : x.shape[1]]
-    return torch.cat([unguided + scale * (noise - unguided), variance], dim=1)
+    step = noise - unguided
+    # A scale on the device would be rounded to half precision before the product, a number is not.
+    step = (scale * step.to(torch.promote_types(step.dtype, torch.float32))).to(step.dtype)
+    return torch.cat([unguided + step, variance], dim=1)
 
 
 @dataclass
@@ -160,10 +167,20 @@ class MaskedSampler(nn.Module):
     diffusion: the head's chain, usually respaced. cfg_scale: 1 is no guidance. schedule: "linear" or "constant".
     temperature: multiplies the noise of the ancestral steps. clip_denoised: for data in [-1, 1], such as pixels; the
     cosine schedule starts where errors of the noise count 20,000-fold in the data, too many for a small network.
+    head_graphs: on a GPU, replay the head's steps as graphs (head_graph.py); the samples are the same up to rounding.
     Raises ValueError for values that make no sense.
     """
 
-    def __init__(self, diffusion, num_iter=64, cfg_scale=1.0, schedule="linear", temperature=1.0, clip_denoised=False):
+    def __init__(
+        self,
+        diffusion,
+        num_iter=64,
+        cfg_scale=1.0,
+        schedule="linear",
+        temperature=1.0,
+        clip_denoised=False,
+        head_graphs=True,
+    ):
         super().__init__()
         if num_iter < 1:
             raise ValueError(f"num_iter is {num_iter}: expected at least 1")
@@ -171,17 +188,22 @@ class MaskedSampler(nn.Module):
             raise ValueError(f"schedule is {schedule!r}: expected one of {', '.join(GUIDANCE)}")
         self.diffusion, self.num_iter, self.temperature = diffusion, num_iter, temperature
         self.cfg_scale, self.schedule, self.clip_denoised = cfg_scale, schedule, clip_denoised
+        self.graphs = HeadGraphs(diffusion) if head_graphs else None
 
     def forward(self, net, y, noise, step_noise=None, progress=False):
         """Labels y (N,), `num_classes` for none, and start noise (N, C, H, W) -> latents (N, C, H, W), scaled.
 
-        The start noise decides on the order of the tokens only. step_noise(k, shape) gives the k-th standard normal
-        tensor (N, *shape), shape being (tokens of the step, width); row i of it belongs to image i.
+        The start noise decides on the order of the tokens only. step_noise(k, shape, count) gives `count` standard
+        normal tensors from the k-th on, (count, N, *shape), shape being (tokens of the step, width); row i of each
+        belongs to image i.
         """
         # Of independent values the ranks are a uniform permutation, and each image has its own.
         order = net.patchify(noise).mean(-1).argsort(1)
-        draw = step_noise or (lambda k, shape: torch.randn(len(noise), *shape, dtype=noise.dtype, device=noise.device))
-        for step in self.trajectory(net, y, order, draw, progress):
+
+        def draw(_, shape, count):
+            return torch.stack([noise.new_empty(len(noise), *shape).normal_() for _ in range(count)])
+
+        for step in self.trajectory(net, y, order, step_noise or draw, progress):
             tokens = step.tokens
         return net.unpatchify(tokens)
 
@@ -189,32 +211,33 @@ class MaskedSampler(nn.Module):
     def trajectory(self, net, y, order, step_noise, progress=False):
         """Yield a MaskedStep for every step. order (N, L): the last position is revealed first.
 
-        step_noise(k, shape) is asked, for every step, for the head's start and then the noise of its ancestral steps.
+        step_noise is asked once for every step: for the head's start and then the noise of its ancestral steps.
         """
         guided, null = self.cfg_scale != 1, torch.full_like(y, net.num_classes)
         labels, twice = (torch.cat([y, null]), 2) if guided else (y, 1)
         plan = plan_steps(order.shape[1], self.num_iter, self.cfg_scale, self.schedule)
-        draws, tokens, masked = itertools.count(), None, mask_first(order, order.shape[1])
-        for before, after, cfg_scale in tqdm(plan, disable=not progress, desc="sampling", leave=False):
-
-            def draw(_=None, shape=(before - after, net.token_width)):
-                return step_noise(next(draws), shape).flatten(0, 1)
-
-            start = draw()
+        draws, tokens, masked = 1 + self.diffusion.num_timesteps, None, mask_first(order, order.shape[1])
+        for k, (before, after, cfg_scale) in enumerate(tqdm(plan, disable=not progress, desc="sampling", leave=False)):
+            # All at once, or a GPU would wait for the processor's noise at every step of the head.
+            noise = step_noise(k * draws, (before - after, net.token_width), draws).flatten(1, 2)
             if tokens is None:
-                tokens = start.new_zeros(*order.shape, net.token_width)
+                tokens = noise.new_zeros(*order.shape, net.token_width)
             z = net(tokens.repeat(twice, 1, 1), masked.repeat(twice, 1), labels)
             remaining = mask_first(order, after)
             revealed, masked = masked & ~remaining, remaining
             z = z[revealed.repeat(twice, 1)]
-            sampled = self._run_head(net.diffloss.net, z, start, cfg_scale, draw)
+            sampled = self._run_head(net.diffloss.net, z, noise[0], cfg_scale, noise[1:])
             tokens = tokens.masked_scatter(revealed.unsqueeze(-1), sampled)
             yield MaskedStep(z, cfg_scale, sampled, tokens, masked)
 
-    def _run_head(self, head, z, start, cfg_scale, step_noise):
-        """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; step_noise(j): (M, width)."""
-        options = {"clip_denoised": self.clip_denoised, "temperature": self.temperature, "model_kwargs": {"z": z}}
+    def _run_head(self, head, z, start, cfg_scale, noise):
+        """Ancestral samples (M, width) for conditions z (M, D), or (2M, D) if guided; noise (steps, M, width)."""
+        options = {"clip_denoised": self.clip_denoised, "temperature": self.temperature}
+        model, conditions = head, {"z": z}
         if len(z) > len(start):
-            head = partial(guide_head, head, scale=cfg_scale)
-            options["model_kwargs"] = dict(zip(("z", "null"), z.chunk(2), strict=True))
-        return self.diffusion.p_sample_loop(head, start.shape, noise=start, step_noise=step_noise, **options)
+            z, null = z.chunk(2)
+            model, conditions = partial(guide_head, head), {"z": z, "null": null, "scale": cfg_scale}
+        if self.graphs and self.graphs.fit(start):
+            return self.graphs.sample(head, model, conditions, start, noise, **options)
+        given = {"noise": start, "step_noise": noise.__getitem__, "model_kwargs": conditions}
+        return self.diffusion.p_sample_loop(model, start.shape, **given, **options)

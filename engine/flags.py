@@ -74,6 +74,7 @@ FLAGS = [
     Flag("mirror", "probability of taking the mirrored picture", 0.5, type=share, group=TRAINING),
     Flag("device", "auto (GPU if there is one), cpu, cuda or cuda:N", "auto", metavar="NAME", group=SYSTEM),
     Flag("precision", "arithmetic of the network", None, choices=("fp32", "bf16", "fp16"), group=SYSTEM),
+    Flag("vae-precision", "arithmetic of the autoencoder", "fp32", choices=("fp32", "bf16"), group=SYSTEM),
     Flag("num-workers", "loader processes per training process", 4, type=whole, group=SYSTEM),
     path_flag("results-dir", "parent folder of run folders", "outputs", group=SYSTEM, metavar="FOLDER"),
     Flag(
@@ -111,7 +112,7 @@ TRAINING_FLAGS = (
     "num-workers precision device compile grad-checkpointing grad-accumulation dry-run"
 )
 PRUNING_FLAGS = f"ckpt no-ema save-model init {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
-SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision device compile"
+SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision vae-precision device compile"
 
 
 def shared(names, **defaults):

@@ -14,11 +14,13 @@ class SampleFolder:
     """<parent>/<name> for pictures made with `settings` ({name: value}); size: theirs, in pixels.
 
     earlier: what records of earlier versions hold of the weights, instead of the digest in `settings`.
+    usual: values of settings that are not recorded, and that a record without them stands for.
     """
 
-    def __init__(self, parent, name, settings, size, earlier=None):
+    def __init__(self, parent, name, settings, size, earlier=None, usual=None):
         self.parent, self.path, self.size = parent, Path(parent) / name, size
-        self.settings, self.earlier, self.lock = plain(settings), plain(earlier or {}), None
+        self.usual, self.earlier, self.lock = plain(usual or {}), plain(earlier or {}), None
+        self.settings = plain(settings)
 
     def prepare(self):
         """Make the folder, take it, and record what its pictures depend on; in the main process.
@@ -38,14 +40,18 @@ class SampleFolder:
             with write_errors(self.path):
                 for partial in self.path.parent.glob(f".{self.path.name}.npz.*.part"):
                     partial.unlink(missing_ok=True)
-            write_json(record, self.settings, make_folder=False)
+            write_json(record, self._to_record(), make_folder=False)
         except RunError:
             self.close()
             raise
 
+    def _to_record(self):
+        """The settings without those that have their usual value."""
+        return {k: value for k, value in self.settings.items() if k not in self.usual or self.usual[k] != value}
+
     def _compare(self, old):
         """Raise InputError if the record of the pictures says something else; what it leaves out is not compared."""
-        new = self.settings if "weights" in old else {**self.settings, **self.earlier}
+        new, old = self.settings if "weights" in old else {**self.settings, **self.earlier}, {**self.usual, **old}
         different = [name for name in new if name in old and old[name] != new[name]]
         if different:
             raise InputError(

@@ -1,5 +1,6 @@
 """Pictures by index: label and noise of image i are functions of the seed and i, whoever makes it."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,14 @@ from engine.run import compile_blocks
 from engine.vae import LatentSpace
 from families import family_of, model_config
 
+SIXTEEN = 16  # normal numbers that torch makes together on a CPU
+
 
 class ImageDraws:
     """The random draws of a batch of images, in this order for each: label, start noise, noise of every step.
 
-    Drawn on the CPU by one generator per image, so that they depend neither on the batch nor on the device.
+    Drawn on the CPU by one generator per image, so that they depend neither on the batch nor on the device, and sent
+    there in one piece by every call.
     """
 
     def __init__(self, seed, indices, shape, device):
@@ -33,10 +37,24 @@ class ImageDraws:
         """The next standard normal tensor (N, *self.shape)."""
         return self.step_noise(None, self.shape)
 
-    def step_noise(self, step, shape):
-        """The next standard normal tensor (N, *shape), as samplers ask for it; the order counts, not `step`."""
-        drawn = [torch.randn(tuple(shape), generator=g) for g in self.generators]
-        return torch.stack(drawn).to(self.device)
+    def step_noise(self, step, shape, count=None):
+        """The next standard normal tensor (N, *shape), or `count` of them (count, N, *shape), as samplers ask for it.
+
+        The order counts, not `step`.
+        """
+        drawn = self._draw_normal(count or 1, shape).to(self.device, non_blocking=True).transpose(0, 1)
+        return drawn[0] if count is None else drawn
+
+    def _draw_normal(self, count, shape):
+        """The next `count` tensors of every image on the CPU, (N, count, *shape); pinned if they go to a GPU."""
+        drawn = torch.empty(len(self.generators), count, *shape, pin_memory=torch.device(self.device).type == "cuda")
+        # torch makes normal numbers by sixteens: a call for several tensors gives other numbers than a call for each,
+        # unless these are whole sixteens.
+        whole = math.prod(shape) % SIXTEEN == 0
+        for rows, generator in zip(drawn, self.generators, strict=True):
+            for part in [rows] if whole else rows:
+                part.normal_(generator=generator)
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class SamplingPlan:
     num_sampling_steps: int
     cfg_scale: float
     compile: bool | None = None
+    vae_precision: str = "fp32"
 
     def check(self):
         """Raise InputError for weights, sizes and flags that do not fit together."""
@@ -85,7 +104,8 @@ class SamplingPlan:
 
     def load(self, run):
         """A PictureSampler, ready to draw."""
-        config, codec = self.config, self.space.load_codec(run.device)
+        config, in_half = self.config, self.vae_precision != "fp32"
+        codec = self.space.load_codec(run.device, channels_last=in_half, precision=self.vae_precision)
         net = run.freeze(self.weights.build(self.model, config, run.device))
         if run.compiles(self.compile):
             compile_blocks(net)

@@ -9,7 +9,10 @@ import torch
 from engine.checkpoint import read_weights
 from engine.errors import InputError, flag_errors, one_line
 from engine.files import download, read_json
+from engine.run import DTYPES
 from families.family import Latents
+
+SLICE_PIXELS = 8 * 256 * 256  # that go through an autoencoder at once: 8 pictures of 256 px, 2 of 512 px
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,15 @@ class LatentSpace:
         if self.vae not in self.latents.hub:
             self.load_codec("cpu")
 
-    def load_codec(self, device, channels_last=False):
-        """The families.protocols.Codec; channels_last: see AutoencoderCodec.
+    def load_codec(self, device, channels_last=False, precision="fp32"):
+        """The families.protocols.Codec; channels_last: see AutoencoderCodec; precision: what its weights are held in.
 
         Raises InputError if it cannot be loaded.
         """
         if self.vae == "none":
             return Pixels()
-        vae = load_autoencoder(self.vae, self.latents)
-        return AutoencoderCodec(vae.to(device).eval().requires_grad_(False), self.latents, channels_last)
+        vae = load_autoencoder(self.vae, self.latents).to(device, DTYPES[precision])
+        return AutoencoderCodec(vae.eval().requires_grad_(False), self.latents, channels_last)
 
 
 class Pixels:
@@ -80,6 +83,8 @@ class AutoencoderCodec:
     """diffusers' AutoencoderKL: pictures (N, 3, H, W) in [-1, 1] <-> scaled latents (N, C, H / factor, W / factor).
 
     Of a family that samples latents at every visit, `encode` gives the moments: mean and log-variance, unscaled.
+    It computes with at most SLICE_PIXELS pixels at once (one picture, if that has more), so that memory does not grow
+    with N, and in the precision of its weights; pictures come out in float32.
 
     channels_last: keep the channels of a pixel together in memory, which is faster in half precision.
     """
@@ -96,14 +101,31 @@ class AutoencoderCodec:
 
     @torch.no_grad()
     def encode(self, images, noise):
-        posterior = self.vae.encode(images.contiguous(memory_format=self.format)).latent_dist
+        together = pictures_at_once(*images.shape[2:])
+        parts = zip(images.split(together), noise.split(together), strict=True)
+        return torch.cat([self._encode_slice(*part) for part in parts])
+
+    def _encode_slice(self, images, noise):
+        """`encode` of few pictures."""
+        posterior = self.vae.encode(self._as_taken(images)).latent_dist
         if self.moments:
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
         return (posterior.mean + posterior.std * noise) * self.scale
 
     @torch.no_grad()
     def decode(self, latents):
-        return self.vae.decode(latents / self.scale).sample
+        together = pictures_at_once(*(self.factor * size for size in latents.shape[2:]))
+        parts = (latents / self.scale).split(together)
+        return torch.cat([self.vae.decode(self._as_taken(part)).sample.float() for part in parts])
+
+    def _as_taken(self, images):
+        """Pictures or latents in the precision of the weights and in their order of memory."""
+        return images.to(self.vae.dtype).contiguous(memory_format=self.format)
+
+
+def pictures_at_once(height, width):
+    """How many pictures of height x width pixels go through an autoencoder at once."""
+    return max(1, SLICE_PIXELS // (height * width))
 
 
 def shrink_factor(name, latents):

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from engine.files import write_atomically
+from engine.threads import own_cores
 from evaluation import METRICS
 from evaluation.batches import STATISTICS, digest
 from evaluation.inception import find_weights, load_inception
 from evaluation.metrics import (
     FeatureStatistics,
+    Workers,
     frechet_distance,
     frechet_distance_of_features,
     inception_score,
@@ -29,7 +31,10 @@ PUBLISHED, FEW = 50_000, 2_048  # samples of published numbers; fewer than FEW m
 
 
 class Extractor:
-    """Features of uint8 images (b, H, W, 3) as numpy arrays: pool (b, 2048), spatial (b, 2023), logits (b, 1008)."""
+    """Features of uint8 images (b, H, W, 3): pool (b, 2048), spatial (b, 2023), logits (b, 1008).
+
+    They stay where they are made: tensors on the device, or arrays of the TensorFlow backend.
+    """
 
     def __init__(self, backend, weights, device="cpu"):
         self.backend, self.weights = backend, weights
@@ -42,13 +47,13 @@ class Extractor:
             self.network = TensorFlowFeatures(weights)
 
     def features(self, images):
-        return [torch.as_tensor(x).cpu().numpy() for x in self.network(images)]
+        return self.network(images)
 
     def logits(self, pool):
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # no TF32
         try:
-            return torch.as_tensor(self.network.logits(pool)).cpu().numpy()
+            return self.network.logits(pool)
         finally:
             torch.set_float32_matmul_precision(precision)
 
@@ -125,19 +130,19 @@ def extract(images, extractor, want, batch_size=64, title=""):
     with tqdm(total=stop - start, desc=title, unit="img", disable=rank > 0) as bar:
         for batch in images.batches(batch_size, start, stop):
             found = dict(zip(("pool", "spatial"), extractor.features(batch), strict=True))
-            if not all(np.isfinite(x).all() for x in found.values()):
+            if not all(torch.as_tensor(x).isfinite().all() for x in found.values()):
                 raise ValueError(f"features of image {done} or one soon after are not finite; check the weights")
             if "logits" in rows:
                 found["logits"] = extractor.logits(found["pool"])
             for key, array in rows.items():
-                array[done - start : done - start + len(batch)] = found[key]
+                array[done - start : done - start + len(batch)] = torch.as_tensor(found[key]).cpu().numpy()
             for key, total in sums.items():
                 total.update(found[key])
             done += len(batch)
             bar.update(len(batch))
     result = {key: _gather_rows(array, images.n) for key, array in rows.items()}
     for tap, mean, covariance in TAPS.values():
-        total, *others = _gather(sums[tap]) if tap in sums else [None]
+        total, *others = _gather(sums[tap].bring_to_host()) if tap in sums else [None]
         for other in others:
             total.merge(other)
         if rank == 0 and total:
@@ -191,6 +196,7 @@ def compare(reference, sample, metrics, rule="adm"):
     """Yields (name, number) in the order of the protocol, from two dicts of features and statistics.
 
     Their entry `few` tells that the rows of the statistics are there, and fewer than a covariance needs.
+    In the main process; for "pr" the others have to call `share_precision_recall` meanwhile.
     """
     if "is" in metrics:
         yield "is", inception_score(sample.pop("logits"))
@@ -201,9 +207,20 @@ def compare(reference, sample, metrics, rule="adm"):
             else:
                 yield name, frechet_distance(*(side[key] for side in (sample, reference) for key in (mean, covariance)))
     if "pr" in metrics:
-        precision, recall = precision_recall(reference["pool"], sample["pool"], rule=rule, progress=True)
+        precision, recall = share_precision_recall(reference["pool"], sample["pool"], rule)
         yield "precision", precision
         yield "recall", recall
+
+
+def share_precision_recall(ref=None, sample=None, rule="adm"):
+    """Precision and recall of rows (Nr, D) and (Ns, D) that the main process has; every process computes a part."""
+    ref, sample = _broadcast_rows(ref), _broadcast_rows(sample)
+    rank, world = _processes()
+    # Under a launcher torch and NumPy's BLAS have one thread a process, and the latter cannot be given more any more:
+    # so the cores that are left compute tiles of their own, whose numbers do not depend on that.
+    threads = max(1, own_cores() // torch.get_num_threads())
+    workers = Workers(rank, world, _gather_everywhere, threads)
+    return precision_recall(ref, sample, rule=rule, progress=rank == 0, workers=workers)
 
 
 def latex(numbers):
@@ -242,6 +259,8 @@ def evaluate(reference, sample, extractor, options=Options()):
         few = images.n < FEW and not images.statistics
         found.append({**(features or {}), **images.statistics, "few": few})
     if rank:
+        if "pr" in options.metrics:
+            share_precision_recall(rule=options.pr_dtype)
         return None
     if options.save_stats:
         save_stats(options.save_stats, found[1])
@@ -274,6 +293,26 @@ def _gather(value):
     found = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, found)
     return found or [None]
+
+
+def _gather_everywhere(value):
+    """The values of all processes in a list, on each of them."""
+    found = [value] * _processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def _broadcast_rows(array, piece=4096):
+    """The main process's rows (N, D) float32, on all; a piece at a time."""
+    if _processes()[1] == 1:
+        return array
+    shape = [array.shape if array is not None else None]
+    dist.broadcast_object_list(shape)
+    rows = torch.empty(shape[0]) if array is None else torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    for part in rows.split(piece):
+        dist.broadcast(part, 0)
+    return rows.numpy()
 
 
 def _gather_rows(array, n, piece=4096):

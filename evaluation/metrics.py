@@ -1,5 +1,7 @@
 """The numbers of the ADM protocol, as pure functions of arrays."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -8,23 +10,28 @@ import scipy.linalg
 import torch
 from tqdm import tqdm
 
+from engine.threads import map_ahead
+
 TILE = 2500  # rows of one tile of a distance matrix: 25 MB
 GROUP = 50  # a tile's smallest entries are searched in groups of that many
 RULES = ("adm", "float32")
 
 
 class FeatureStatistics:
-    """Mean (D,) and covariance (D, D) of rows that come in batches, in float64; nothing of the rows is kept."""
+    """Mean (D,) and covariance (D, D) of rows that come in batches, in float64; nothing of the rows is kept.
+
+    Rows on a GPU are added up there: bring the sums to the host before they are read or merged.
+    """
 
     def __init__(self, dim):
         self.dim, self.count, self._shift = dim, 0, None
-        self._sum, self._outer = np.zeros(dim), np.zeros((dim, dim))
+        self._sum = self._outer = 0.0  # of no rows yet; then arrays, or tensors where the rows are
 
     def update(self, features):
         """Add rows (n, D). They are shifted by the first batch's mean, so that no digits cancel in the covariance."""
-        rows = np.asarray(features, dtype=np.float64)
+        rows = features.double() if is_on_gpu(features) else np.asarray(features, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
-            raise ValueError(f"features have shape {rows.shape}, expected (n, {self.dim})")
+            raise ValueError(f"features have shape {tuple(rows.shape)}, expected (n, {self.dim})")
         if not len(rows):
             return
         if self._shift is None:
@@ -33,6 +40,13 @@ class FeatureStatistics:
         self.count += len(rows)
         self._sum += rows.sum(0)
         self._outer += rows.T @ rows
+
+    def bring_to_host(self):
+        """Turn sums on a GPU into arrays; returns itself."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.cpu().numpy())
+        return self
 
     def merge(self, other):
         """Add the rows that another one has seen, for instance in another process."""
@@ -61,6 +75,11 @@ class FeatureStatistics:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
         return (self._outer - np.outer(self._sum, self._sum / self.count)) / (self.count - 1)
+
+
+def is_on_gpu(features):
+    """Whether rows are a tensor that a GPU holds."""
+    return isinstance(features, torch.Tensor) and features.is_cuda
 
 
 def _cholesky(cov):
@@ -187,6 +206,27 @@ def _half_sum(terms):
     return total + sum(terms[:, lanes:].unbind(1), terms.new_zeros(n))
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who computes the tiles of distances: `world` processes, of which this is number `rank`, with `threads` threads.
+
+    gather: a value of this process -> the list of the values of all. Whoever computes a tile, its numbers are the same.
+    """
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable = lambda value: [value]
+    threads: int = 1
+
+    def share(self, items):
+        """Those of the items that this process computes."""
+        return items[self.rank :: self.world]
+
+    def map(self, work, items):
+        """Yield work(item) for this process's share of the items."""
+        return map_ahead(work, self.share(items), self.threads)
+
+
 class _Rows:
     """Features (N, D) as the rule of each dtype sees them: float32 values after rounding, and squared norms (N,)."""
 
@@ -217,6 +257,8 @@ def _tiles(count, *blocks):
     return [slice(a, b) for a, b in pairwise(cuts)]
 
 
+# Distances stay on the processor: a GPU adds the products in another order, which now and then falls on the other side
+# of a step of float16, and the published numbers count such steps.
 def _products(u, rows, v, cols, dtype):
     """Inner products (R, C) of two tiles, a float32 product rounded to `dtype`."""
     return torch.from_numpy(u.values[dtype][rows] @ v.values[dtype][cols].T).to(dtype)  # NumPy's BLAS is faster here
@@ -274,21 +316,40 @@ def _smallest(distances, best, dim):
     return candidates.topk(count, dim, largest=False).values
 
 
-def _radii(u, ks, rule, blocks, percentile, bar):
+def _own_pairs(count, blocks):
+    """Pairs of tiles of one set of rows, each once."""
+    tiles = _tiles(count, *blocks)
+    return [(rows, cols) for i, rows in enumerate(tiles) for cols in tiles[i:]]
+
+
+def _cross_pairs(u, v, blocks):
+    """Pairs of a tile of u and one of v."""
+    return [(rows, cols) for rows in _tiles(u.count, blocks[0]) for cols in _tiles(v.count, blocks[1])]
+
+
+def _radii(u, ks, rule, blocks, percentile, bar, workers):
     """Squared distances (N, K) to the k-th neighbour, the row itself being the 0th; each product serves two rows."""
-    dtype, tiles = _rounding(u, u, rule, blocks), _tiles(u.count, *blocks)
-    best = torch.full((u.count, max(ks) + 1), torch.inf)
-    for i, rows in enumerate(tiles):
-        for cols in tiles[i:]:
-            there, back = dtype(rows, cols), dtype(cols, rows)
-            products = _products(u, rows, u, cols, there)
-            found = _distances(u.norms[there][rows, None], products, u.norms[there][cols])
-            best[rows] = _smallest(found, best[rows], 1)
-            if rows != cols:
-                products = products if back == there else _products(u, rows, u, cols, back)
-                found = _distances(u.norms[back][cols], products, u.norms[back][rows, None])
-                best[cols] = _smallest(found, best[cols].T, 0).T
-            bar.update()
+    dtype, count = _rounding(u, u, rule, blocks), max(ks) + 1
+
+    def nearest(pair):
+        """[(rows, the smallest distances of these rows in the tile)]: for its rows, and for its columns as rows."""
+        rows, cols = pair
+        there, back = dtype(rows, cols), dtype(cols, rows)
+        products = _products(u, rows, u, cols, there)
+        found = _distances(u.norms[there][rows, None], products, u.norms[there][cols])
+        nearest = [(rows, _smallest(found, torch.full((len(found), count), torch.inf), 1))]
+        if rows != cols:
+            products = products if back == there else _products(u, rows, u, cols, back)
+            found = _distances(u.norms[back][cols], products, u.norms[back][rows, None])
+            nearest.append((cols, _smallest(found, torch.full((count, found.shape[1]), torch.inf), 0).T))
+        return nearest
+
+    best = torch.full((u.count, count), torch.inf)
+    for found in workers.map(nearest, _own_pairs(u.count, blocks)):
+        for rows, values in found:
+            best[rows] = torch.cat([best[rows], values], 1).topk(count, 1, largest=False).values
+        bar.update()
+    best = torch.cat(workers.gather(best), 1).topk(count, 1, largest=False).values
     radii = best[:, list(ks)].clamp(min=0)
     if percentile is not None:
         limits = torch.from_numpy(np.percentile(radii.numpy(), percentile, axis=0)).float()
@@ -296,18 +357,24 @@ def _radii(u, ks, rule, blocks, percentile, bar):
     return radii
 
 
-def _covered(u, radii_u, v, radii_v, rule, blocks, bar):
+def _covered(u, radii_u, v, radii_v, rule, blocks, bar, workers):
     """Which rows of v lie in a ball of u (N_v, K), and which rows of u in a ball of v (N_u, K)."""
-    dtype = _rounding(u, v, rule, blocks)
+    dtype, ks = _rounding(u, v, rule, blocks), range(radii_u.shape[1])
+
+    def cover(pair):
+        """(rows, columns, which columns lie in balls of the rows, and which rows in balls of the columns)."""
+        rows, cols = pair
+        found = _pair_distances(u, rows, v, cols, dtype(rows, cols))
+        in_rows = torch.stack([(found <= radii_u[rows, k, None]).any(0) for k in ks], 1)
+        in_cols = torch.stack([(found <= radii_v[cols, k]).any(1) for k in ks], 1)
+        return rows, cols, in_rows, in_cols
+
     in_u, in_v = torch.zeros(radii_v.shape, dtype=torch.bool), torch.zeros(radii_u.shape, dtype=torch.bool)
-    for rows in _tiles(u.count, blocks[0]):
-        for cols in _tiles(v.count, blocks[1]):
-            found = _pair_distances(u, rows, v, cols, dtype(rows, cols))
-            for k in range(radii_u.shape[1]):
-                in_u[cols, k] |= (found <= radii_u[rows, k, None]).any(0)
-                in_v[rows, k] |= (found <= radii_v[cols, k]).any(1)
-            bar.update()
-    return in_u, in_v
+    for rows, cols, in_rows, in_cols in workers.map(cover, _cross_pairs(u, v, blocks)):
+        in_u[cols] |= in_rows
+        in_v[rows] |= in_cols
+        bar.update()
+    return (torch.stack(workers.gather(side)).any(0) for side in (in_u, in_v))
 
 
 def manifold_radii(features, k=3, rule="adm", percentile=None, blocks=(10_000, 10_000)):
@@ -315,16 +382,19 @@ def manifold_radii(features, k=3, rule="adm", percentile=None, blocks=(10_000, 1
     ks = np.atleast_1d(k).tolist()
     rows = _Rows("features", features, rule, max(ks) + 1)
     with tqdm(disable=True) as bar:
-        radii = _radii(rows, ks, rule, blocks, percentile, bar).numpy()
+        radii = _radii(rows, ks, rule, blocks, percentile, bar, Workers()).numpy()
     return radii[:, 0] if np.ndim(k) == 0 else radii
 
 
-def precision_recall(ref, sample, k=3, rule="adm", progress=False, percentile=None, blocks=(10_000, 10_000)):
+def precision_recall(
+    ref, sample, k=3, rule="adm", progress=False, percentile=None, blocks=(10_000, 10_000), workers=Workers()
+):
     """Improved precision and recall of sample (Ns, D) against ref (Nr, D): two floats, or two arrays for several k.
 
     Precision is the share of samples within the k-th neighbour radius of a reference row, recall the reverse. The rule
     "adm" computes every distance as the published evaluator does, in float16; a block of `blocks` rows in which one
     overflows is computed in float32, as the rule "float32" does everywhere. Radii above `percentile` become 0.
+    workers: every process that shares the tiles calls this with the same rows, and gets the numbers.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(RULES)}")
@@ -332,11 +402,10 @@ def precision_recall(ref, sample, k=3, rule="adm", progress=False, percentile=No
     u, v = (_Rows(name, x, rule, max(ks) + 1) for name, x in (("ref", ref), ("sample", sample)))
     if u.values[torch.float32].shape[1] != v.values[torch.float32].shape[1]:
         raise ValueError("ref and sample have different numbers of features")
-    own = [len(_tiles(side.count, *blocks)) for side in (u, v)]
-    pairs = len(_tiles(u.count, blocks[0])) * len(_tiles(v.count, blocks[1]))
-    total = pairs + sum(n * (n + 1) // 2 for n in own)
+    pairs = [_own_pairs(u.count, blocks), _own_pairs(v.count, blocks), _cross_pairs(u, v, blocks)]
+    total = sum(len(workers.share(each)) for each in pairs)
     with tqdm(desc="precision and recall", total=total, disable=not progress) as bar:
-        radii_u, radii_v = (_radii(side, ks, rule, blocks, percentile, bar) for side in (u, v))
-        in_u, in_v = _covered(u, radii_u, v, radii_v, rule, blocks, bar)
+        radii_u, radii_v = (_radii(side, ks, rule, blocks, percentile, bar, workers) for side in (u, v))
+        in_u, in_v = _covered(u, radii_u, v, radii_v, rule, blocks, bar, workers)
     precision, recall = in_u.numpy().mean(0), in_v.numpy().mean(0)
     return (float(precision[0]), float(recall[0])) if np.ndim(k) == 0 else (precision, recall)

@@ -77,13 +77,13 @@ def make_objective(*, mask_ratio_min, diffusion_batch_mul):
     return MaskedObjective(diffusion, mask_ratio_min, diffusion_batch_mul, KL16.scale)
 
 
-def make_sampler(num_sampling_steps, cfg_scale, *, num_iter, cfg_schedule, temperature, clip_denoised):
+def make_sampler(num_sampling_steps, cfg_scale, *, num_iter, cfg_schedule, temperature, clip_denoised, head_graphs):
     """Reveal the tokens in `num_iter` steps, each by `num_sampling_steps` steps of the head."""
     from diffusion import create_diffusion
     from diffusion.masked import MaskedSampler
 
     diffusion = create_diffusion(str(num_sampling_steps), "squaredcos_cap_v2")
-    return MaskedSampler(diffusion, num_iter, cfg_scale, cfg_schedule, temperature, clip_denoised)
+    return MaskedSampler(diffusion, num_iter, cfg_scale, cfg_schedule, temperature, clip_denoised, head_graphs)
 
 
 def check_sampler(config, *, num_iter, **_):
@@ -126,6 +126,7 @@ MAR = Family(
             Flag("cfg-schedule", "guidance over the steps", "linear", choices=SCHEDULES, group=FAMILY),
             switch("clip-denoised", "keep predicted data in [-1, 1]: for pixels (--vae none)", group=FAMILY),
             Flag("temperature", "factor of the head's noise", 1.0, type=amount, group=FAMILY),
+            Flag("head-graphs", "replay the head's steps as graphs, on a GPU", True, opposite=True, group=FAMILY),
         ),
     },
     check_sampler=check_sampler,

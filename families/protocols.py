@@ -57,7 +57,8 @@ class Sampler(Protocol):
     def __call__(self, net: Network, y: Tensor, noise: Tensor, step_noise=None, progress: bool = False) -> Tensor:
         """Labels y (N,) and start noise (N, C, h, w) -> latents (N, C, h, w).
 
-        step_noise(k, shape) gives the k-th standard normal tensor (N, *shape); without it noise is drawn where needed.
+        step_noise(k, shape) gives the k-th standard normal tensor (N, *shape), and step_noise(k, shape, count) `count`
+        of them, (count, N, *shape); without it noise is drawn where needed.
         """
 
 

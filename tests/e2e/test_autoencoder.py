@@ -7,7 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoint import read_facts, read_weights
+from engine import vae as autoencoders
+from engine.checkpoint import read_facts, read_weights, save_weights
+from engine.errors import InputError
+from engine.vae import LatentSpace, pictures_at_once
+from families import create_model
+from families.dit import SD_VAE
 from pruning.surgery import keep_layers
 
 TRAIN = ["--epochs", "1", "--global-batch-size", "32", "--num-workers", "0"]
@@ -108,3 +113,62 @@ def test_autoencoder_of_another_factor(make_vae, pictures, tmp_path, run_script)
     flags = ["--num-sampling-steps", 2, "--labels", "1", "--output", tmp_path / "grid.png"]
     run_script("sample", "--ckpt", tmp_path / "DiT-T-2/checkpoints/0000002.pt", *flags)
     assert Image.open(tmp_path / "grid.png").size == (12, 12)
+
+
+def test_pictures_at_once():
+    assert [pictures_at_once(size, size) for size in (128, 256, 512, 1024, 4096)] == [32, 8, 2, 1, 1]
+
+
+def test_slices(vae, monkeypatch):
+    """Few pictures at a time, the last ones fewer, give what all at once give; a slice holds one picture or more."""
+    codec = LatentSpace(32, str(vae), 10, SD_VAE).load_codec("cpu")
+    generator = torch.Generator().manual_seed(0)
+    pictures, noise, latents = (torch.randn(5, *s, generator=generator) for s in ((3, 32, 32), (4, 4, 4), (4, 4, 4)))
+    encoded, decoded = codec.encode(pictures, noise), codec.decode(latents)
+    for pixels, sizes in ((2 * 32 * 32, [2, 2, 1]), (3, [1] * 5)):
+        monkeypatch.setattr(autoencoders, "SLICE_PIXELS", pixels)
+        for name in ("encode", "decode"):
+            whole, seen = getattr(codec.vae, name), []
+            monkeypatch.setattr(codec.vae, name, lambda x, whole=whole, seen=seen: (seen.append(len(x)), whole(x))[1])
+            found, expected = (
+                (codec.encode(pictures, noise), encoded) if name == "encode" else (codec.decode(latents), decoded)
+            )
+            assert seen == sizes
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+            monkeypatch.setattr(codec.vae, name, whole)
+
+
+def test_half_precision(vae):
+    """Weights in bfloat16 and channels last; pictures in float32, near those of float32."""
+    space = LatentSpace(32, str(vae), 10, SD_VAE)
+    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    codec = space.load_codec("cpu", channels_last=True, precision="bf16")
+    assert {p.dtype for p in codec.vae.parameters()} == {torch.bfloat16}
+    found, expected = codec.decode(latents), space.load_codec("cpu").decode(latents)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_precision_of_a_sample_folder(vae, tmp_path, run_script):
+    """The usual precision stays out of the record, so that folders from before the flag go on; no folder holds both."""
+    torch.manual_seed(0)
+    facts = {"model": "DiT-T/2", "num_classes": 10, "vae": str(vae), "image_size": 32}
+    save_weights(
+        tmp_path / "w.pt", create_model("DiT-T/2", input_size=4, in_channels=4, num_classes=10).state_dict(), **facts
+    )
+
+    def sample(parent, *words):
+        few = ["--num-fid-samples", 3, "--num-sampling-steps", 2, "--per-proc-batch-size", 2]
+        run_script("sample_ddp", "--ckpt", tmp_path / "w.pt", "--sample-dir", tmp_path / parent, *few, *words)
+        (record,) = (tmp_path / parent).glob("*/sampling.json")
+        return json.loads(record.read_text())
+
+    for parent, words, others in (("a", (), ("--vae-precision", "bf16")), ("b", ("--vae-precision", "bf16"), ())):
+        record = sample(parent, *words)
+        assert record.get("vae_precision") == (words[-1] if words else None)
+        assert sample(parent, *words) == record
+        with pytest.raises(InputError, match="holds images with vae_precision"):
+            sample(parent, *others)
+    grid = ["--ckpt", tmp_path / "w.pt", "--num-sampling-steps", 2, "--labels", "1", "--output", tmp_path / "grid.png"]
+    run_script("sample", *grid, "--vae-precision", "bf16")
+    assert Image.open(tmp_path / "grid.png").size == (36, 36)

@@ -19,6 +19,7 @@ from PIL import Image
 from engine.errors import InputError
 from evaluation import evaluate as protocol
 from evaluation.batches import open_images
+from evaluation.metrics import precision_recall
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent.parent / "golden")
 RECORDED = json.loads((GOLDEN / "evaluator_e2e.json").read_text())
@@ -313,8 +314,23 @@ def test_processes(launch, run_script, graphs, plain, tmp_path, capfd):
     result = launch(2, "evaluator", plain[0], tmp_path / "sample-*.npz", *flags, "--cache-dir", tmp_path / "cache")
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    check_numbers(numbers_of(result.stdout), "plain", 160, 140)
+    found = numbers_of(result.stdout)
+    check_numbers(found, "plain", 160, 140)
     assert result.stdout.count("FID: ") == 2
+    alone = protocol.load_extractor(path=graphs["tiny"])
+    pools = [protocol.extract(images, alone, {"pool"})["pool"] for images in map(open_images, plain)]
+    assert (found["Precision"], found["Recall"]) == precision_recall(*pools)
+
+
+def test_features_stay_on_the_device(graphs, plain):
+    """The extractor gives tensors where it computes; what `extract` keeps are arrays on the host."""
+    images, extractor = open_images(plain[1]), protocol.load_extractor(path=graphs["tiny"])
+    batch = next(images.batches(3))
+    pool, spatial = extractor.features(batch)
+    assert {type(x) for x in (pool, spatial, extractor.logits(pool))} == {torch.Tensor}
+    found = protocol.extract(images, extractor, {"pool", "logits", "mu"})
+    assert {type(x) for x in found.values()} == {np.ndarray}
+    np.testing.assert_array_equal(found["pool"][:3], pool.numpy())
 
 
 def test_memory(tmp_path):

@@ -267,10 +267,14 @@ class Run:
     def __getitem__(self, key):
         return self.z[self.name + key]
 
-    def step_noise(self, k, shape):
-        k, j = divmod(k, self.steps + 1)
-        given, count = self[f"noise{k}"][j - 1] if j else self[f"init{k}"], len(self.labels) * shape[0]
-        return given[:count].view(-1, *shape)
+    def step_noise(self, k, shape, count):
+        step, begun = divmod(k, self.steps + 1)
+        assert (begun, count) == (0, self.steps + 1)
+        given = torch.cat([self[f"init{step}"][None, : len(self.labels) * shape[0]], self.head_noise(step, shape)])
+        return given.view(count, -1, *shape)
+
+    def head_noise(self, step, shape):
+        return self[f"noise{step}"][:, : len(self.labels) * shape[0]]
 
 
 @pytest.mark.parametrize("run", possible(RUNS))
@@ -307,11 +311,13 @@ def test_images_depend_on_their_own_draws_only(run):
     def sample(rows):
         generators = [torch.Generator().manual_seed(row) for row in rows]
 
-        def noise_of(k, shape):
-            return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") for g in generators])
+        def noise_of(k, shape, count):
+            options = {"dtype": torch.float64, "device": "cpu"}
+            drawn = [torch.randn(count, *shape, generator=g, **options) for g in generators]
+            return torch.stack(drawn, dim=1).to(DEVICE)
 
         labels = r.labels[rows]
-        return r.sampler(r.net, labels, noise_of(0, r["latents"].shape[1:]), noise_of)
+        return r.sampler(r.net, labels, noise_of(0, r["latents"].shape[1:], 1)[0], noise_of)
 
     rows = range(len(r.labels))
     together = sample([*rows])

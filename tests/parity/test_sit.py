@@ -93,7 +93,7 @@ def test_layers(dtype):
     z.check("masked_out", net(*inputs, mask=z["layer_masks"]))
     pruned = SiT(**z.facts | {"depth": len(z["kept_indices"])})
     pruned.load_state_dict(keep_layers(net.state_dict(), z["kept_indices"].tolist()))
-    z.check("pruned_out", pruned.to(dtype).eval()(*inputs))
+    z.check("pruned_out", pruned.to(DEVICE, dtype).eval()(*inputs))
     with given_uniforms(z["train_u"]):
         z.check("train_out", net.train()(*inputs))
 

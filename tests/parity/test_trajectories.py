@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from machine import DEVICE
 
 import diffusion.objectives
 import engine.data
@@ -59,8 +60,10 @@ def original(z, meta):
 
 
 def command_line(z, folder):
-    """The recorded flags, with weights rebuilt in files, on a CPU."""
-    flags = [*z.meta["flags"], "--data-path", str(folder), "--results-dir", str(folder), "--device", "cpu"]
+    """The recorded flags, with weights rebuilt in files."""
+    flags = [*z.meta["flags"], "--data-path", str(folder), "--results-dir", str(folder), "--device", DEVICE.type]
+    if DEVICE.type != "cpu":  # where that is the default
+        flags += ["--precision", "fp32", "--no-compile"]
     for flag, meta in (("--load-weight", z.meta), ("--load-teacher", z.meta.get("teacher"))):
         if meta:
             path = str(folder / f"{flag}.pt")

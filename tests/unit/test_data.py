@@ -301,6 +301,16 @@ def test_draws_depend_on_the_image_only():
     assert not torch.equal(other.start_noise(), ImageDraws(3, [4], (2, 2), "cpu").start_noise())
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (4, 4), (5, 16), (7, 3), (2, 50)])
+def test_many_draws_at_once(shape):
+    """They are the numbers of as many single calls of torch.randn, whatever their size."""
+    together, alone = (ImageDraws(3, range(3), (2, 2), "cpu") for _ in range(2))
+    found = [together.step_noise(0, shape), together.step_noise(1, shape, 6), together.step_noise(7, shape)]
+    found = torch.cat([found[0][None], found[1], found[2][None]])
+    expected = [torch.stack([torch.randn(shape, generator=g) for g in alone.generators]) for _ in range(8)]
+    assert torch.equal(found, torch.stack(expected))
+
+
 def test_labels_cover_the_classes():
     counts = Counter(ImageDraws(0, range(2000), (), "cpu").labels(10).tolist())
     assert sorted(counts) == list(range(10))

@@ -20,7 +20,18 @@ ALLOWED = {  # part -> modules it may import besides the standard library
     "models.py": {"torch", "timm", "families.dit", "families.sit", "pruning.gates"},
     "models_mar.py": {"torch", "timm", "models", "families.mar", "pruning.gates", "pruning.patterns"},
     "families": {"torch", "diffusion", "families"},
-    "evaluation": {"torch", "torchvision", "numpy", "scipy", "tqdm", "PIL", "tensorflow", "evaluation", "engine.files"},
+    "evaluation": {
+        "torch",
+        "torchvision",
+        "numpy",
+        "scipy",
+        "tqdm",
+        "PIL",
+        "tensorflow",
+        "evaluation",
+        "engine.files",
+        "engine.threads",
+    },
     "engine": (OURS | THIRD) - {"pruning", "models", "models_mar", "evaluation"} | {"pruning.gates"},
 }
 

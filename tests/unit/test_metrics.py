@@ -1,5 +1,8 @@
 """Statistics, Frechet distance, inception score, precision and recall against plain constructions."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from evaluation import metrics
 from evaluation.metrics import (
     FeatureStatistics,
+    Workers,
     frechet_distance,
     frechet_distance_of_features,
     half_norms,
@@ -45,6 +49,33 @@ def test_statistics_take_float32_and_torch():
     x = features(20, 3).astype(np.float32)
     assert add_up([torch.from_numpy(x)]).covariance.dtype == np.float64
     np.testing.assert_array_equal(add_up([torch.from_numpy(x)]).covariance, add_up([x]).covariance)
+
+
+def check_sums_of_tensors(device):
+    """Rows on a device are added up there; only the sums come to the host, where they are those of arrays."""
+    x = features(101, 7).astype(np.float32) + 50
+    found = FeatureStatistics(7)
+    for part in np.split(x, [1, 40]):
+        found.update(torch.from_numpy(part).to(device))
+        for value in (found._shift, found._sum, found._outer):
+            assert (value.dtype, value.device.type) == (torch.float64, device)
+    found.bring_to_host().merge(add_up([x[:30]]))
+    expected = add_up([*np.split(x, [1, 40]), x[:30]])
+    assert isinstance(found.covariance, np.ndarray)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-13)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_of_tensors(monkeypatch):
+    monkeypatch.setattr(metrics, "is_on_gpu", lambda features: isinstance(features, torch.Tensor))
+    check_sums_of_tensors("cpu")
+    with pytest.raises(ValueError, match=r"shape \(2, 4\), expected \(n, 3\)"):
+        FeatureStatistics(3).update(torch.zeros(2, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_statistics_on_a_gpu():
+    check_sums_of_tensors("cuda")
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 101])
@@ -232,6 +263,44 @@ def test_precision_recall(rule, blocks, outlier):
             np.testing.assert_allclose(manifold_radii(x, k, rule, blocks=blocks), radius, rtol=1e-3)
         assert precision_recall(ref, sample, k, rule, blocks=blocks) == pytest.approx(expected, abs=1e-12)
     np.testing.assert_array_equal(ref, kept)
+
+
+def share(world, threads, compute):
+    """What compute(workers) returns in each of `world` processes, played by threads that exchange what they gather."""
+    barrier, values = threading.Barrier(world, timeout=60), [None] * world
+
+    def gather(rank):
+        def exchange(value):
+            values[rank] = value
+            barrier.wait()
+            found = list(values)
+            barrier.wait()
+            return found
+
+        return exchange
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: compute(Workers(rank, world, gather(rank), threads)), range(world)))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("world", "threads"), [(1, 3), (2, 1), (3, 2), (40, 1)])  # the last: some without a tile
+@pytest.mark.parametrize("rule", ["adm", "float32"])
+def test_shared_tiles(rule, world, threads):
+    """Whoever computes a tile, radii and numbers are the same to the bit, in every process."""
+    ref, sample = features(130, 16).astype(np.float32), features(111, 16).astype(np.float32)[:, ::-1] * 0.9
+    ref[50] += 90  # a block that overflows
+    options = {"k": [1, 3], "rule": rule, "blocks": (40, 64)}
+    expected = precision_recall(ref, sample, **options)
+    for found in share(world, threads, lambda workers: precision_recall(ref, sample, workers=workers, **options)):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_every_item_has_one_worker():
+    """An item is computed by one process, results keep the order, and the threads work together."""
+    together = threading.Barrier(2, timeout=30)
+    parts = [list(Workers(rank, 3, threads=2).map(lambda x: (together.wait(), x)[1], range(12))) for rank in range(3)]
+    assert parts == [list(range(rank, 12, 3)) for rank in range(3)]
 
 
 def test_rules_differ():
