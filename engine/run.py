@@ -68,7 +68,7 @@ class Run:
             torch.set_num_threads(1)
         self.rank, self.world, self.is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
         if sharded:
-            sharding.check_processes()
+            sharding.check_sharding(self.device)
         self.sharded, self.home = sharded, torch.device("cpu") if sharded else self.device
         # What the original computes in needs a GPU to be worth it: without one the default is fp32.
         on_gpu = self.device.type == "cuda"

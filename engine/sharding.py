@@ -17,8 +17,13 @@ from engine.errors import InputError
 from pruning.gates import block_stacks
 
 
-def check_processes():
-    """Raise InputError if there is only one process."""
+def check_sharding(device):
+    """Raise InputError if there is only one process, or if this torch cannot do it on `device`."""
+    if not hasattr(torch.get_device_module(device).Stream, "record_event"):
+        raise InputError(
+            f"--shard with --device {device}: torch {torch.__version__} can do this on GPUs only; take torch 2.7 or "
+            "newer, or leave it out"
+        )
     if world_size() == 1:
         raise InputError(
             "--shard: there is 1 process, expected several to share the network; start with torchrun "
@@ -65,6 +70,8 @@ def _set_aside_gates(net, device):
 
 def _shard_network(net, mesh, root=None):
     """Split the blocks of a network one by one, and what else `root` holds as one; returns the root."""
+    if torch.__version__ < (2, 8):
+        net.float()  # weights that are brought together had to be of one type, and frozen ones may be in half precision
     for block in net.blocks_to_compile():
         fully_shard(block, mesh=mesh)
     return fully_shard(root or net, mesh=mesh)
