@@ -138,7 +138,13 @@ def main(settings):
     from pruning.surgery import cut_layers
 
     groups = choose_groups(settings.model, settings.pattern, settings.candidates)
-    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
+    run = Run(
+        settings.device,
+        settings.precision,
+        settings.global_seed,
+        default_precision=COMMAND.precision,
+        sharded=settings.shard,
+    )
     save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
     inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
     for path in choice_paths(save_model, settings.finalists):
@@ -166,16 +172,16 @@ def main(settings):
     if folder is None:
         return
 
-    net = start.build(run.device)
+    net = start.build(run.home)
     gates = net.gumbel_gates
     set_routing(net, settings.dense, settings.gate_samples)
     weights = add_update(net)
     folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
-    teacher = run.freeze(networks["teacher"].build(run.device)) if share else None
+    teacher = run.freeze(networks["teacher"].build(run.home)) if share else None
     if share and run.compiles(settings.compile):
         compile_blocks(teacher)
     objective = settings.family.make_objective(**settings.own("train"))
-    step = make_step(net, teacher, objective, share, settings.gate_gradient).to(run.device)
+    step = make_step(net, teacher, objective, share, settings.gate_gradient)
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
     trainer = Trainer(run, step, rates, gates, settings.make(TrainingOptions))
     averaged = trainer.ema.module
@@ -192,10 +198,11 @@ def main(settings):
     kept, confidence = decide(averaged)
     folder.log(f"[!] Final Decision: {kept}")
     folder.log(f"[!] Final Confidence: {[round(c, 4) for c in confidence]}")
+    trained = trainer.gather_weights()
     facts = {"source": original.name, "init": settings.init, "pattern": format_pattern(groups)}
 
     def save_choices():
-        weights = learned_weights(net, original.state) if settings.init == "learned" else original.state
+        weights = learned_weights(net, original.state, trained) if settings.init == "learned" else original.state
         choices = likeliest(averaged, settings.finalists)
         for place, (path, layers) in enumerate(zip(choice_paths(save_model, len(choices)), choices, strict=True), 1):
             told = {"confidence": confidence} if place == 1 else {"place": place}

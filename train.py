@@ -31,7 +31,13 @@ def main(settings):
     from engine.start import open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
 
-    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
+    run = Run(
+        settings.device,
+        settings.precision,
+        settings.global_seed,
+        default_precision=COMMAND.precision,
+        sharded=settings.shard,
+    )
     family = settings.family
     space, data = open_data(settings)
     start = NetworkStart(settings.model, network_config(data.dataset, space), settings.weights.get("load_weight"))
@@ -40,8 +46,8 @@ def main(settings):
     if folder is None:
         return
 
-    net = start.build(run.device)
-    step = TrainStep(net, family.make_objective(**settings.own("train"))).to(run.device)
+    net = start.build(run.home)
+    step = TrainStep(net, family.make_objective(**settings.own("train")))
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net, family.no_decay), recipe.schedule(data.total_steps)
     trainer = Trainer(run, step, groups, net, options, schedule)

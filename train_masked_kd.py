@@ -88,7 +88,13 @@ def main(settings):
 
     if not settings.load_teacher:
         raise InputError("--load-teacher: missing; give the weights of the network to learn from")
-    run = Run(settings.device, settings.precision, settings.global_seed, default_precision=COMMAND.precision)
+    run = Run(
+        settings.device,
+        settings.precision,
+        settings.global_seed,
+        default_precision=COMMAND.precision,
+        sharded=settings.shard,
+    )
     family = settings.family
     space, data = open_data(settings)
     if settings.interval_steps >= data.total_steps:
@@ -107,7 +113,7 @@ def main(settings):
     if folder is None:
         return
 
-    net, teacher = start.build(run.device), run.freeze(teacher_start.build(run.device))
+    net, teacher = start.build(run.home), run.freeze(teacher_start.build(run.home))
     compiled = run.compiles(settings.compile)
     if compiled:
         compile_blocks(teacher)
@@ -118,7 +124,7 @@ def main(settings):
     step = DistillStep(net, teacher, objective, pairs, *how)
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net), recipe.schedule(data.total_steps)
-    trainer = Trainer(run, step.to(run.device), groups, net, options, schedule)
+    trainer = Trainer(run, step, groups, net, options, schedule)
 
     def before_step(k):
         step.intervals = k < settings.interval_steps

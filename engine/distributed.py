@@ -161,9 +161,9 @@ def broadcast(value):
         dist.broadcast(tensor, src=0)
         return tensor
 
-    skeleton = [_map_leaves(describe, value) if is_main() else None]
+    skeleton = [map_leaves(describe, value) if is_main() else None]
     dist.broadcast_object_list(skeleton, src=0)
-    return _map_leaves(receive, skeleton[0])
+    return map_leaves(receive, skeleton[0])
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ class _Shape:
     dtype: torch.dtype
 
 
-def _map_leaves(change, value):
+def map_leaves(change, value):
     """Nested dicts, lists and tuples with change(leaf) for everything else in them, in their order."""
     if isinstance(value, dict):
-        return {key: _map_leaves(change, inner) for key, inner in value.items()}
+        return {key: map_leaves(change, inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_map_leaves(change, inner) for inner in value)
+        return type(value)(map_leaves(change, inner) for inner in value)
     return change(value)
 
 

@@ -99,6 +99,7 @@ FLAGS = [
         group=SYSTEM,
     ),
     switch("grad-checkpointing", "recompute activations in the backward: less memory, more time", group=SYSTEM),
+    switch("shard", "split the network and its training over the processes (FSDP): less memory in each", group=SYSTEM),
     Flag("grad-accumulation", "parts that each process's batch is computed in", 1, type=count, group=SYSTEM),
     switch("dry-run", "check everything, show settings, sizes and steps, and stop", group=SYSTEM),
 ]
@@ -109,7 +110,7 @@ START = f"data-path load-weight no-ema {MODEL}"
 TRAINING_FLAGS = (
     f"{START} epochs global-batch-size global-seed clip-norm ema-decay ema-warmup mirror results-dir prefix resume "
     "log-every ckpt-every keep-checkpoints keep-every "
-    "num-workers precision device compile grad-checkpointing grad-accumulation dry-run"
+    "num-workers precision device compile grad-checkpointing shard grad-accumulation dry-run"
 )
 PRUNING_FLAGS = f"ckpt no-ema save-model init {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
 SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision vae-precision device compile"

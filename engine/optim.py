@@ -60,10 +60,14 @@ class Ema:
     """
 
     def __init__(self, module, decay, warmup=False):
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup, self.source = decay, warmup, module
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
-        trained = {name for name, p in module.named_parameters() if p.requires_grad}
-        self.live = [p for name, p in module.named_parameters() if name in trained]
+        self.link()
+
+    def link(self):
+        """Find the parameters that are averaged, again when they have been replaced."""
+        trained = {name for name, p in self.source.named_parameters() if p.requires_grad}
+        self.live = [p for name, p in self.source.named_parameters() if name in trained]
         self.averages = [p for name, p in self.module.named_parameters() if name in trained]
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
-from engine import distributed
+from engine import distributed, sharding
 from pruning.gates import block_stacks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,13 +49,28 @@ class Run:
     precision: None takes `default_precision` on a GPU and fp32 on a CPU. seed: of all generators, now. tf32: allow TF32
     matrix products on a GPU. one_thread: on a CPU, compute with one thread per process, so that the last bits do not
     depend on how many threads a launcher grants; for scripts whose output must not depend on the process count.
+    sharded: training is split over the processes, see engine.sharding; InputError if there is only one. `home` is where
+    networks are to be built: the device; if sharded the CPU, from where each process takes its part.
     """
 
-    def __init__(self, device="auto", precision=None, seed=0, *, default_precision="fp32", tf32=True, one_thread=False):
+    def __init__(
+        self,
+        device="auto",
+        precision=None,
+        seed=0,
+        *,
+        default_precision="fp32",
+        tf32=True,
+        one_thread=False,
+        sharded=False,
+    ):
         self.device = distributed.start_processes(device)
         if one_thread and self.device.type == "cpu":
             torch.set_num_threads(1)
         self.rank, self.world, self.is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
+        if sharded:
+            sharding.check_sharding(self.device)
+        self.sharded, self.home = sharded, torch.device("cpu") if sharded else self.device
         # What the original computes in needs a GPU to be worth it: without one the default is fp32.
         on_gpu = self.device.type == "cuda"
         self.precision = precision or (default_precision if on_gpu else "fp32")
@@ -76,7 +91,8 @@ class Run:
         """The context in which networks compute."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
+        # The cache would hold the casts of all weights at once, which sharding is there to avoid.
+        return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=not self.sharded)
 
     def freeze(self, net):
         """Prepare a network that is not trained at all, such as a teacher."""

@@ -15,6 +15,7 @@ from engine.distributed import all_reduce, broadcast, gather, on_main, shared_er
 from engine.errors import InputError, RunError
 from engine.optim import Ema
 from engine.run import checkpoint_blocks, compile_blocks, peak_memory, seed_everything
+from engine.sharding import clip_gradients, hand_over, put_together, shard_training, take_parts
 from engine.signals import StopRequest, stopped
 
 
@@ -41,20 +42,23 @@ class Trainer:
 
     def __init__(self, run, step, groups, averaged, options, schedule=None):
         self.run, self.step, self.net, self.options = run, step, step.net, options
-        self.params = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+        step.to(run.home)
         self.ema, self.schedule = Ema(averaged, options.ema_decay, options.ema_warmup), schedule
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
-        self.wrapped, self.steps, self.grad_norm = step, 0, 0.0
+        self.wrapped, self.replicas, self.steps, self.grad_norm = step, [], 0, 0.0
         if options.grad_checkpointing:
             checkpoint_blocks(self.net)
         if run.compiles(options.compile):
             compile_blocks(self.net)
-        if run.world > 1:
+        if run.sharded:
+            groups, self.replicas = shard_training(step, groups, self.ema, run.device)
+        elif run.world > 1:
             # Buffers are tables that never change. The flag that says so was renamed in torch 2.14.
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self.wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True, **{buffers: False})
+        self.params = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 
     def train_step(self, x, y):
         """One optimizer step on a batch; returns the per-sample loss terms (N,), detached."""
@@ -65,8 +69,10 @@ class Trainer:
         parts = self.options.grad_accumulation
         batches = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
         rows = [self._backward(*batch, parts, last=k == len(batches) - 1) for k, batch in enumerate(batches)]
+        hand_over(self.replicas)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.options.clip_norm)
+        clip = clip_gradients if self.run.sharded else torch.nn.utils.clip_grad_norm_
+        self.grad_norm = clip(self.params, self.options.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.steps)
@@ -76,6 +82,8 @@ class Trainer:
     def _backward(self, x, y, parts, last):
         """Add the gradients of one part of the batch; processes exchange them with the last part only."""
         alone = nullcontext() if last or self.wrapped is self.step else self.wrapped.no_sync()
+        if self.run.sharded:
+            self.step.set_requires_gradient_sync(last)
         with alone:
             with self.run.autocast():
                 terms = self.wrapped(x, y)
@@ -145,21 +153,24 @@ class Trainer:
     def _save(self, meter, folder):
         """Write a state, in the main process, unless something in it is not finite."""
         meter.check_finite()
-        measured = meter.gather()
+        state = {**self.state_dict(), "meter": meter.gather()}
 
         def save():
-            state = {**self.state_dict(), "meter": measured}
             check_finite(state, self.steps)
             folder.save_state(state)
 
         on_main(save, patient=True)
 
+    def gather_weights(self):
+        """The state dict of the network, whole in the main process; all have to call this."""
+        return put_together(self.net.state_dict())
+
     def state_dict(self):
-        """The training state: tensors and plain values."""
+        """The training state, tensors and plain values, whole in the main process; all have to call this."""
         return {
-            "model": self.net.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "opt": self.optimizer.state_dict(),
+            "model": self.gather_weights(),
+            "ema": put_together(self.ema.module.state_dict()),
+            "opt": put_together(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "train_steps": self.steps,
             "world": self.run.world,
@@ -172,9 +183,10 @@ class Trainer:
             return
         asked = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         try:
-            self.net.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["opt"])
+            self.net.load_state_dict(take_parts(state["model"], self.net.state_dict()))
+            self.ema.module.load_state_dict(take_parts(state["ema"], self.ema.module.state_dict()))
+            averages = take_parts(state["opt"]["state"], dict(enumerate(self.params)))
+            self.optimizer.load_state_dict({**state["opt"], "state": averages})
             if state.get("scaler"):  # a run in another precision has none: start with a new one
                 self.scaler.load_state_dict(state["scaler"])
             meter.load(state.get("meter"))

@@ -109,6 +109,10 @@ class DistillStep(nn.Module):
         self.intervals = False
         self._teacher = (teacher.eval().requires_grad_(False),)
 
+    @property
+    def teacher(self):
+        return self._teacher[0]
+
     def forward(self, x, y):
         """Latents x (N, C, H, W), labels y (N,) -> dict of per-sample terms (N,): loss, gt, kd_loss, feat_loss, ..."""
         draw = self.objective.draw(self.net, x, y)
@@ -126,7 +130,7 @@ class DistillStep(nn.Module):
                 return target if self.intervals else None
 
         with torch.no_grad():
-            goal = self.objective.predict(self._teacher[0], x, y, draw, observe=keep_target)
+            goal = self.objective.predict(self.teacher, x, y, draw, observe=keep_target)
         prediction = self.objective.predict(self.net, x, y, draw, observe=compare)
         terms = self.objective.loss(prediction, x, draw)
         gt = terms.pop("loss")

@@ -19,9 +19,10 @@ class BlockStack(nn.ModuleList):
     dense: blend all samples instead of leaving out the backward of skipped ones; the same gradients at a higher price.
     gate_samples: share of the skipped samples from which the gates learn, see `Routes`; not in the dense form.
     checkpointing: recompute the activations of every block in the backward instead of keeping them.
+    together: call every block also where no sample of this process needs it, see `Routes`.
     """
 
-    dense, gate_samples, checkpointing = False, 1.0, False
+    dense, gate_samples, checkpointing, together = False, 1.0, False, False
 
     def forward(self, x, *context, mask=None, kept=None, observe=None):
         """Run the blocks on tokens x (N, T, D).

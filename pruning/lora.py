@@ -43,20 +43,22 @@ def add_lora(model, rank, alpha=None):
 
 
 @torch.no_grad()
-def learned_weights(net, original):
+def learned_weights(net, original, trained=None):
     """The state dict `original` with the update that a network which started from it has learnt, on the CPU.
 
+    trained: the network's state dict, where it is not whole in the network itself.
     What was learnt is in float32, as half precision would round most of an update away; the rest is as in `original`.
     """
-    learned = dict(original)
+    learned, trained = dict(original), trained or net.state_dict()
     for name, module in net.named_modules():
         if isinstance(module, LoRALinear):
-            update = module.scale * (module.lora_b.weight.float() @ module.lora_a.weight.float())
+            a, b = (trained[f"{name}.{each}.weight"].float() for each in ("lora_a", "lora_b"))
+            update = module.scale * (b @ a)
             weight = original[f"{name}.weight"]
             learned[f"{name}.weight"] = weight.float() + update.to(weight.device)
     for name, p in net.named_parameters():
         if p.requires_grad and name in original:
-            learned[name] = p.detach().float().to(original[name].device)
+            learned[name] = trained[name].float().to(original[name].device)
     return learned
 
 

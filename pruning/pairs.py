@@ -23,9 +23,13 @@ class PairStep(nn.Module):
         self.net, self.objective, self.share = net, objective, share
         self._teacher = (teacher.eval().requires_grad_(False) if teacher else None,)
 
+    @property
+    def teacher(self):
+        return self._teacher[0]
+
     def forward(self, x, y):
         """Latents x (N, C, H, W), labels y (N,) -> dict of per-sample terms (N,), means of both choices."""
-        draw, (teacher,) = self.objective.draw(self.net, x, y), self._teacher
+        draw, teacher = self.objective.draw(self.net, x, y), self.teacher
         with torch.no_grad():
             goal = self.objective.predict(teacher, x, y, draw) if teacher else None
         choices = [self.net.gumbel_gates.choose(len(x)) for _ in range(2)]

@@ -32,23 +32,37 @@ class Routes:
     def run(self, stack, layer, x, *context):
         """Tokens x (N, T, D) -> layer `layer` of x for the samples that keep it, x for the others."""
         block, (kept, skipped) = stack[layer], self.rows[layer]
-        inputs = [_take(tensor, kept) for tensor in (x, *context)]
+        before, y = _run_rows(stack.run, block, kept, (x, *context), stack.together)
         idle = []
-        if len(inputs[0]):
-            y = stack.run(block, *inputs)
-        else:  # the parameters still get gradients (of zero), which DDP and the optimizer's averages wait for
-            y, idle = inputs[0], [p for p in block.parameters() if p.requires_grad]
+        if y is None:  # the parameters still get gradients (of zero), which DDP and the optimizer's averages wait for
+            y, idle = before, [p for p in block.parameters() if p.requires_grad]
         delta = rest = None
         if self.mask.requires_grad:
             with torch.no_grad():  # after the pass with gradients: autocast's copies of weights come from the first
-                delta = y - inputs[0]
-                inputs = [_take(tensor, skipped) for tensor in (x, *context)]
-                rest = block(*inputs) - inputs[0] if len(inputs[0]) else inputs[0]
+                delta = y - before
+                before, after = _run_rows(_call, block, skipped, (x, *context), stack.together)
+                rest = before if after is None else after - before
                 if torch.is_autocast_enabled(x.device.type):  # as precise as what they are made of
                     dtype = torch.get_autocast_dtype(x.device.type)
                     delta, rest = delta.to(dtype), rest.to(dtype)
         gate = self.mask[:, layer]
         return _Merge.apply(x, y.to(x.dtype), gate, delta, rest, kept, skipped, self.weight, *idle)
+
+
+def _run_rows(run, block, rows, tensors, together):
+    """These rows of tokens, and run(block, ...) of these rows of tokens and context; None for no rows.
+
+    together: without rows the block runs on the first sample and its output is thrown away. A block whose weights are
+    sharded among processes needs all of them at every call and in its backward, which brings gradients of zero.
+    """
+    inputs = [_take(tensor, rows) for tensor in tensors]
+    if len(inputs[0]):
+        return inputs[0], run(block, *inputs)
+    return inputs[0], run(block, *(tensor[:1] for tensor in tensors))[:0] if together else None
+
+
+def _call(block, *inputs):
+    return block(*inputs)
 
 
 def _rows(column, start, count):
