@@ -1,10 +1,10 @@
-# make setup | demo | demo-sit | demo-mar | bench | test | fuzz: each does all the set-up it needs in .venv
+# make setup | demo | demo-sit | demo-mar | bench | gpu | test | fuzz: each does all the set-up it needs in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 FUZZ_EXAMPLES ?= 100000
 
-.PHONY: setup demo demo-sit demo-mar bench test fuzz clean
+.PHONY: setup demo demo-sit demo-mar bench gpu test fuzz clean
 
 setup: .venv/ready
 
@@ -29,6 +29,9 @@ fuzz: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf .venv examples/digits/run examples/digits/run-sit examples/digits/run-mar

@@ -17,6 +17,7 @@ from families.flags import TRAINING, Flag, above_zero, amount, count, number, pa
 
 TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
 GRADIENTS = ("straight-through", "pairs")
+DENSE_BELOW = 128  # images of a process at a time: measured on a GPU, see docs/performance.md
 COMMAND = Command(
     "prune_by_learning",
     __doc__,
@@ -62,7 +63,12 @@ COMMAND = Command(
             choices=("kept", "learned", "average"),
         ),
         Flag("finalists", "most probable choices that are written, the second as <save-model>-2, ...", 1, type=count),
-        switch("dense", "also run the backward of skipped samples (slower)"),
+        Flag(
+            "dense",
+            "also run the backward of skipped samples: more work in fewer steps, which is faster for few images",
+            opposite=True,
+            shown=f"on with a GPU and fewer than {DENSE_BELOW} images",
+        ),
         Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
         Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
     ),
@@ -110,6 +116,18 @@ def choice_paths(path, count):
     """Where the most probable choices are written: pruned.pt, pruned-2.pt, ..."""
     path = Path(path)
     return [path, *(path.with_stem(f"{path.stem}-{place}") for place in range(2, count + 1))]
+
+
+def runs_dense(settings, run):
+    """Whether the backward of skipped samples is run as well: as asked for; by default where it is measured faster.
+
+    A GPU is done with few images before the processor has asked for the next operation, and the sparse form has more.
+    """
+    if settings.dense is not None:
+        return settings.dense
+    images = settings.global_batch_size // (run.world * settings.grad_accumulation)
+    alone = settings.gate_gradient == "straight-through" and settings.gate_samples == 1
+    return alone and run.device.type == "cuda" and images < DENSE_BELOW
 
 
 def make_step(net, teacher, objective, share, gradient):
@@ -174,9 +192,13 @@ def main(settings):
 
     net = start.build(run.home)
     gates = net.gumbel_gates
-    set_routing(net, settings.dense, settings.gate_samples)
+    dense = runs_dense(settings, run)
+    set_routing(net, dense, settings.gate_samples)
     weights = add_update(net)
-    folder.log(f"gates over {format_pattern(groups)}; {sum(p.numel() for p in weights):,} other parameters are trained")
+    folder.log(
+        f"gates over {format_pattern(groups)}, {'dense' if dense else 'sparse'}; "
+        f"{sum(p.numel() for p in weights):,} other parameters are trained"
+    )
     teacher = run.freeze(networks["teacher"].build(run.home)) if share else None
     if share and run.compiles(settings.compile):
         compile_blocks(teacher)

@@ -16,7 +16,7 @@ from engine.settings import TYPED
 
 # Settings that may change when the same command resumes a run: they do not change its numbers.
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
-FREE |= {"dry_run", "shard", "keep_checkpoints", "keep_every", "init", "finalists"}
+FREE |= {"dry_run", "shard", "dense", "keep_checkpoints", "keep_every", "init", "finalists"}
 
 
 class RunFolder:

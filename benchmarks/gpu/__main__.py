@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.cases import CASES
+from benchmarks.gpu.report import RESULTS, write_page
 from benchmarks.measure import Setup, find_device, make_matmul, time_sides
 from benchmarks.report import describe_machine
 
@@ -34,7 +35,7 @@ CLAIMS = {  # what the tests of the processor claim, on the GPU
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto (GPU if there is one), or another of torch's")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/gpu.json"), help="where results go")
+    parser.add_argument("--json", type=Path, help="where results go (default: benchmarks/gpu/results/CARD.json)")
     parser.add_argument("--only", default="", help="cases with this in their name, and no tests")
     parser.add_argument("--tests", action="store_true", help="the tests alone")
     parser.add_argument("--workers", type=int, default=4, help="tests beside each other (default: 4)")
@@ -140,12 +141,13 @@ def main():
     if device.type == "cpu" and not args.tiny:
         raise SystemExit("no GPU here; --tiny runs everything on a processor, --dry lists it")
     setup = Setup(device, args.tiny, 1 if args.tiny else ROUNDS)
-    result = {"claims": {}, "cases": []}
+    machine = {**describe_machine(device), "driver": read_driver() if device.type == "cuda" else None}
+    path = args.json or RESULTS / f"{machine['device'].replace(' ', '-')}.json"
+    result = {"machine": machine, "claims": {}, "cases": []}
 
     def save():
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        machine = {**describe_machine(device), "driver": read_driver() if device.type == "cuda" else None}
-        args.json.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
     if not args.only:
         result["claims"] = check_claims(device, args.workers, args.tiny)
@@ -160,6 +162,8 @@ def main():
         if device.type == "cuda":
             torch.cuda.empty_cache()
         save()
+    if not args.json:
+        write_page()
 
 
 def read_driver():

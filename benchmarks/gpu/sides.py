@@ -3,19 +3,30 @@
 Every function builds a Side of benchmarks.measure: a call of what the scripts do, in bf16.
 """
 
+import runpy
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import torch
 
+from benchmarks.extraction import make_vae
 from benchmarks.measure import Side
 from diffusion.objectives import TrainStep
-from engine.run import Run, compile_blocks
+from engine.run import DTYPES, Run, compile_blocks
 from engine.trainer import Trainer, TrainingOptions
+from engine.vae import AutoencoderCodec
+from evaluation.inception import load_inception
+from evaluation.metrics import FeatureStatistics
 from families import create_model, family_of
+from families.dit import SD_VAE
 from pruning.distillation import DistillStep, layer_pairs
 from pruning.gates import set_routing
 from pruning.lora import weight_update
 
 BF16 = torch.bfloat16
 TINY = {"DiT": "DiT-T/2", "SiT": "SiT-T/2", "MAR": "MAR-T"}
+GRAPH_MAKER = Path(__file__).parents[2] / "tests/golden/make_tiny_inception_graph.py"
 TINY_GATED, TINY_HALF = "DiT-T-1-2", "DiT-T-D6/2"
 
 
@@ -99,3 +110,55 @@ def draw(setup, name="DiT-XL/2", compiled=False, n=32, steps=10, **own):
             return sampler(net, labels, noise)
 
     return Side(run_sampler, n, dtype=BF16)
+
+
+def make_codec(setup, precision):
+    """An autoencoder with the sizes of Stable Diffusion's."""
+    torch.manual_seed(0)
+    vae = make_vae((32, 32, 32, 32) if setup.tiny else (128, 256, 512, 512)).to(setup.device).eval()
+    return AutoencoderCodec(vae.to(DTYPES[precision]).requires_grad_(False), SD_VAE, precision != "fp32")
+
+
+def encode(setup, precision="bf16", n=32):
+    """Latents of n pictures of 256 px."""
+    codec, run = make_codec(setup, "fp32"), Run(str(setup.device), precision)
+    n, size = (2, 32) if setup.tiny else (n, 256)
+    pictures = torch.rand(n, 3, size, size, device=setup.device) * 2 - 1
+    noise = torch.randn(n, *codec.noise_shape(size), device=setup.device)
+
+    def run_encoder():
+        with torch.inference_mode(), run.autocast():
+            return codec.encode(pictures, noise)
+
+    return Side(run_encoder, n, dtype=BF16)
+
+
+def decode(setup, precision="bf16", n=32):
+    """Pictures of 256 px from n latents."""
+    codec = make_codec(setup, precision)
+    n, size = (2, 4) if setup.tiny else (n, 32)
+    latents = torch.randn(n, 4, size, size, device=setup.device)
+
+    def run_decoder():
+        with torch.inference_mode():
+            return codec.decode(latents)
+
+    return Side(run_decoder, n, dtype=BF16)
+
+
+def evaluate(setup, on_device=True, n=64):
+    """Features of n pictures of 256 px, and their sums for both distances."""
+    kind = "tiny_graph" if setup.tiny else "full_graph"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.pb"
+        path.write_bytes(runpy.run_path(str(GRAPH_MAKER))[kind](0))
+        features = load_inception(path, setup.device)
+    size = 32 if setup.tiny else 256
+    images = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    sums = [FeatureStatistics(width) for width in (2048, 2023)]
+
+    def run_evaluator():
+        for total, rows in zip(sums, features(images), strict=True):
+            total.update(rows if on_device else rows.cpu().numpy())
+
+    return Side(run_evaluator, n, dtype=torch.float32)

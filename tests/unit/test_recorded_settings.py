@@ -1,4 +1,7 @@
-"""What every script makes of its command line and files: settings recorded before they were resolved in one place."""
+"""What every script makes of its command line and files: settings recorded before they were resolved in one place.
+
+Since then `compile` and `dense` depend on the device where they are not given: None.
+"""
 
 import importlib
 import json
