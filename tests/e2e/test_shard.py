@@ -12,7 +12,7 @@ from engine.errors import InputError
 TRAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--ckpt-every", 20]
 LEARN = ["--delta-w", "--init", "learned"]
 CHEAP = ["--grad-accumulation", 2, "--grad-checkpointing"]
-LONG, SHORT = ["--epochs", 13], ["--epochs", 2]  # 52 and 8 steps
+LONG, MIDDLE, SHORT = ["--epochs", 13], ["--epochs", 6], ["--epochs", 2]  # 52, 24 and 8 steps
 
 
 def commands(teacher, latents, folder):
@@ -22,7 +22,7 @@ def commands(teacher, latents, folder):
     distil = ["train_masked_kd", "--load-weight", teacher.student, "--teacher", teacher.model, *common]
     cases = {
         "train": ["train", "--load-weight", teacher.student, *LONG, *common],
-        "learn": [*learn, *LEARN, *LONG],
+        "learn": [*learn, *LEARN, *MIDDLE],
         "lora": [*learn, "--delta-w", "--lora", "--init", "learned", "--precision", "bf16", *SHORT],
         "fp16": [*learn, *LEARN, "--precision", "fp16", *SHORT],
         "pairs": [*learn, *LEARN, "--gate-gradient", "pairs", "--target", "teacher", *CHEAP, *SHORT],
@@ -34,6 +34,7 @@ def commands(teacher, latents, folder):
     return cases
 
 
+ENTRIES = ("model", "ema", "opt", "scaler", "train_steps", "world")
 CASES = ("train", "learn", "lora", "fp16", "pairs", "kd")
 
 
@@ -86,11 +87,11 @@ def assert_like(found, expected):
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_run(runs, case):
-    """Losses agree within 1e-5, and states are the same files, over 50 steps for `train` and `learn`."""
+    """Losses agree within 1e-5, and states are the same files, over 52 steps for `train`."""
     expected, found = (read_losses(folder / case) for folder in (runs.plain, runs.sharded))
     assert found == pytest.approx(expected, rel=0, abs=1e-5)
     old, new = (read_last(folder / case) for folder in (runs.plain, runs.sharded))
-    for entry in ("model", "ema", "opt", "scaler", "train_steps", "world"):
+    for entry in ENTRIES:
         assert_like(new[entry], old[entry])
     steps = {value["step"].item() for value in new["opt"]["state"].values()}
     assert steps == {new["train_steps"]}, "fp16 skipped steps: nothing was compared"
@@ -113,12 +114,14 @@ def test_plain_state_goes_on_sharded(runs):
 def test_sharded_state_goes_on_in_one_process(runs, teacher, latents, tmp_path, run_script, case):
     """As a plain state does."""
     for name in ("plain", "sharded"):
-        state = next((getattr(runs, name) / case).glob("*/checkpoints/0000040.pt"))
+        state = next((getattr(runs, name) / case).glob("*/checkpoints/0000020.pt"))
         run_script(*commands(teacher, latents, tmp_path / name)[case], "--resume", state)
     losses = [read_losses(tmp_path / name / case) for name in ("plain", "sharded")]
-    assert list(losses[1]) == list(range(41, 53))
+    assert min(losses[1]) == 21
     assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5)
-    assert_like(*(read_last(tmp_path / name / case) for name in ("sharded", "plain")))
+    old, new = (read_last(tmp_path / name / case) for name in ("plain", "sharded"))
+    for entry in ENTRIES:
+        assert_like(new[entry], old[entry])
 
 
 def test_one_process_is_refused(teacher, latents, tmp_path, run_script):
