@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NAMES = ["latents", "extraction", "gate_learning", "masked_kd", "training", "sampling", "evaluator"]
+NAMES = ["latents", "extraction", "gate_learning", "masked_kd", "training", "sampling", "plain", "evaluator"]
 RESULTS = Path(__file__).parent / "results"
 
 

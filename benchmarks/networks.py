@@ -15,8 +15,8 @@ def make_network(setup, depth, **options):
     """A DiT of XL width with random weights that are nowhere zero, so that no shortcut is taken."""
     size = SIZES["T" if setup.tiny else "XL"]
     net = DiT(8 if setup.tiny else 32, 2, 4, size["hidden_size"], depth, size["num_heads"], **options)
-    for block in net.blocks:
-        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
+    for linear in (*(part.adaLN_modulation[1] for part in (*net.blocks, net.final_layer)), net.final_layer.linear):
+        torch.nn.init.normal_(linear.weight, std=0.02)
     return net.to(setup.device)
 
 

@@ -22,7 +22,8 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_b.weight)
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_b(self.lora_a(x))
+        # Scaled where it is small: `rank` values a token instead of all outputs, and the same again in the backward.
+        return F.linear(x, self.weight, self.bias) + self.lora_b(self.scale * self.lora_a(x))
 
 
 def add_lora(model, rank, alpha=None):

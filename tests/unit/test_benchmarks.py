@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, plain
 from benchmarks.__main__ import NAMES
 from benchmarks.report import judge
 
@@ -29,6 +29,21 @@ def test_module(root, tmp_path, name):
     for case in written["cases"]:
         assert case["case"] in done.stdout
         assert all(len(row["rounds"]) == 1 and row["seconds"] > 0 for row in case["sides"].values())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in plain.BARS if kind != "sampling"])
+def test_plain_steps_compute_the_same(kind):
+    """Losses and gradient norms of three whole steps, so that a ratio of times compares equal work."""
+    setup = measure.Setup(torch.device("cpu"), tiny=True)
+    theirs, ours = (plain.rehearse(setup, kind, is_plain, depth=4) for is_plain in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert (theirs.std(dim=0) > 0).all()  # it does train
+
+
+def test_plain_samples_are_the_same():
+    setup = measure.Setup(torch.device("cpu"), tiny=True)
+    theirs, ours = (plain.make_sampling(setup, is_plain, "fp32", 2, 2) for is_plain in (True, False))
+    torch.testing.assert_close(plain.in_turn(ours)(), plain.in_turn(theirs)(), rtol=1e-4, atol=1e-4)
 
 
 def test_sides_take_turns():
