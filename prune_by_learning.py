@@ -127,7 +127,7 @@ def runs_dense(settings, run):
         return settings.dense
     images = settings.global_batch_size // (run.world * settings.grad_accumulation)
     alone = settings.gate_gradient == "straight-through" and settings.gate_samples == 1
-    return alone and run.device.type == "cuda" and images < DENSE_BELOW
+    return alone and run.on_gpu and images < DENSE_BELOW
 
 
 def make_step(net, teacher, objective, share, gradient):

@@ -72,20 +72,19 @@ class Run:
             sharding.check_sharding(self.device)
         self.sharded, self.home = sharded, torch.device("cpu") if sharded else self.device
         # What the original computes in needs a GPU to be worth it: without one the default is fp32.
-        on_gpu = self.device.type == "cuda"
-        self.precision = precision or (default_precision if on_gpu else "fp32")
+        self.precision = precision or (default_precision if self.on_gpu else "fp32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         self.seed = seed
         seed_everything(seed)
 
     @property
-    def pins_memory(self):
-        """Whether batches should be read into pinned memory, from where a GPU fetches them."""
+    def on_gpu(self):
+        """Whether it computes on a GPU; batches are then read into pinned memory, from where one fetches them."""
         return self.device.type == "cuda"
 
     def compiles(self, asked):
         """Whether networks are compiled: as asked for; by default (None) on a GPU, if the compiler is there."""
-        return asked if asked is not None else self.device.type == "cuda" and has_triton()
+        return asked if asked is not None else self.on_gpu and has_triton()
 
     def autocast(self):
         """The context in which networks compute."""

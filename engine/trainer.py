@@ -118,7 +118,7 @@ class Trainer:
     def _train(self, data, folder, meter, stop, before_step, report):
         """The steps that are left."""
         total, options = data.total_steps, self.options
-        batches = data.batches(range(self.steps, total), self.run.rank, self.run.world, self.run.pins_memory)
+        batches = data.batches(range(self.steps, total), self.run.rank, self.run.world, self.run.on_gpu)
         with tqdm(
             total=total, initial=self.steps, disable=not self.run.is_main, desc=folder.path.name, leave=False
         ) as bar:

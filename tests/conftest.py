@@ -47,8 +47,8 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def test_device(request):
-    """Tensors are made on TEST_DEVICE, and products are exact; scripts choose their device themselves."""
-    if DEVICE.type == "cpu" or "e2e" in request.path.parts:
+    """Tensors are made on TEST_DEVICE, and products are exact; scripts and `own_device` tests choose for themselves."""
+    if DEVICE.type == "cpu" or "e2e" in request.path.parts or request.node.get_closest_marker("own_device"):
         yield
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

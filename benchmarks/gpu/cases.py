@@ -26,16 +26,9 @@ def in_four_forms(update, n):
 
 
 CASES = [
-    *(
-        Case(f"learning, {update}, {n} images", in_four_forms(update, n))
-        for update, n in (("lora", 16), ("lora", 128), ("full", 16), ("full", 128))
-    ),
     Case("fine-tuning, DiT-D14/2, 32 images", in_both_forms(sides.tune)),
-    Case("training, SiT-XL/2, 16 images", in_both_forms(sides.tune, name="SiT-XL/2", n=16)),
-    Case("training, MAR-L, 16 images", in_both_forms(sides.tune, name="MAR-L", n=16)),
     Case("Masked KD, DiT-D14/2, 32 images", in_both_forms(sides.distil)),
     Case("sampling, DiT-XL/2, 32 images, 10 steps", in_both_forms(sides.draw)),
-    Case("sampling, DiT-D14/2, 32 images, 10 steps", in_both_forms(sides.draw, name="DiT-D14/2")),
     Case(
         "sampling, MAR-L, 16 images, 4 x 100 steps",
         {
@@ -49,4 +42,11 @@ CASES = [
         "evaluator, 64 pictures of 256 px",
         {"sums on the processor": partial(sides.evaluate, on_device=False), "sums on the device": sides.evaluate},
     ),
+    *(
+        Case(f"learning, {update}, {n} images", in_four_forms(update, n))
+        for update, n in (("lora", 16), ("lora", 128), ("full", 16), ("full", 128))
+    ),
+    Case("sampling, DiT-D14/2, 32 images, 10 steps", in_both_forms(sides.draw, name="DiT-D14/2")),
+    Case("training, SiT-XL/2, 16 images", in_both_forms(sides.tune, name="SiT-XL/2", n=16)),
+    Case("training, MAR-L, 16 images", in_both_forms(sides.tune, name="MAR-L", n=16)),
 ]

@@ -12,6 +12,8 @@ from families import create_model, family_of
 
 CLASSES, SHAPE = 10, (16, 6, 6)
 
+pytestmark = pytest.mark.own_device
+
 
 @pytest.fixture(scope="module")
 def net():

@@ -73,6 +73,7 @@ def test_statistics_of_tensors(monkeypatch):
         FeatureStatistics(3).update(torch.zeros(2, 4))
 
 
+@pytest.mark.own_device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_statistics_on_a_gpu():
     check_sums_of_tensors("cuda")
