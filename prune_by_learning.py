@@ -17,7 +17,7 @@ from families.flags import TRAINING, Flag, above_zero, amount, count, number, pa
 
 TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
 GRADIENTS = ("straight-through", "pairs")
-DENSE_BELOW = 128  # images of a process at a time: measured on a GPU, see docs/performance.md
+DENSE_UP_TO = 64  # images of a process at a time, the most that were measured on a GPU, see docs/performance.md
 COMMAND = Command(
     "prune_by_learning",
     __doc__,
@@ -67,7 +67,7 @@ COMMAND = Command(
             "dense",
             "also run the backward of skipped samples: more work in fewer steps, which is faster for few images",
             opposite=True,
-            shown=f"on with a GPU and fewer than {DENSE_BELOW} images",
+            shown=f"on with a GPU and up to {DENSE_UP_TO} images a process",
         ),
         Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
         Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
@@ -127,7 +127,7 @@ def runs_dense(settings, run):
         return settings.dense
     images = settings.global_batch_size // (run.world * settings.grad_accumulation)
     alone = settings.gate_gradient == "straight-through" and settings.gate_samples == 1
-    return alone and run.on_gpu and images < DENSE_BELOW
+    return alone and run.on_gpu and images <= DENSE_UP_TO
 
 
 def make_step(net, teacher, objective, share, gradient):

@@ -56,7 +56,7 @@ def check_claim(claim, device, workers):
     """Run the tests of a claim; returns their exit status and last line."""
     print(f"== {claim}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), *CLAIMS[claim]]
-    environment = {**os.environ, "TEST_DEVICE": device.type, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TEST_DEVICE": device.type, "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
     if claim != "compiled":  # the default on a GPU, which takes longer than networks as small as the tests'
         environment["TORCHDYNAMO_DISABLE"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

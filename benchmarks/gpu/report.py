@@ -14,7 +14,7 @@ def format_machine(machine):
     """What the numbers of a file were measured on."""
     return (
         f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"processor {machine['cpu']}; {machine['date'][:10]}"
+        f"processor {machine['cpu']}; {machine['date'][:10]}{'; ' + machine['note'] if 'note' in machine else ''}"
     )
 
 
@@ -31,10 +31,7 @@ def format_result(result):
     """The section of one machine."""
     lines = [f"### {result['machine']['device']}", "", format_machine(result["machine"]), ""]
     lines += [f"- {claim}: {found['summary']}" for claim, found in result["claims"].items()]
-    lines += ["", HEAD, *(row for case in result["cases"] for row in format_case(case)), ""]
-    for case in result["cases"]:
-        kernels = ", ".join(f"{name.split('<')[0]} {share:.0%}" for name, share in case["profile"][:3])
-        lines.append(f"- {case['case']}, last form: {kernels}")
+    lines += ["", HEAD, *(row for case in result["cases"] for row in format_case(case))]
     return "\n".join(lines)
 
 

@@ -261,7 +261,8 @@ class Run:
         num_iter, cfg_scale, schedule, temperature, kind, steps = self.z.arrays["rows"][run].split("|")
         self.net, self.num_iter, chain = self.z.network(), int(num_iter), cosine(steps)
         self.steps, settings = chain.num_timesteps, (float(cfg_scale), schedule, float(temperature))
-        self.sampler = MaskedSampler(chain, self.num_iter, *settings)
+        # Graphs of the head are compared with the plain loop elsewhere; the sines of these tests cannot be recorded.
+        self.sampler = MaskedSampler(chain, self.num_iter, *settings, head_graphs=False)
         self.labels = self.z["labels"] if kind == "cond" else torch.full_like(self.z["labels"], self.net.num_classes)
 
     def __getitem__(self, key):

@@ -11,6 +11,9 @@ import torch
 
 from benchmarks import measure, plain
 from benchmarks.__main__ import NAMES
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu.__main__ import CLAIMS
+from benchmarks.gpu.cases import CASES
 from benchmarks.report import judge
 
 MODULES = [n for n in NAMES if n != "evaluator" and importlib.util.find_spec(f"benchmarks.{n}")]
@@ -72,3 +75,27 @@ def test_bars():
     rows, found = {"ours": {"speedup": 2.0}}, {"difference": 0.5}
     bars = [("speedup", "ours", ">=", 1.5), ("speedup", "ours", "<=", 1.5), ("difference", None, "<=", math.inf)]
     assert [bar["holds"] for bar in judge(bars, rows, found)] == [True, False, True]
+
+
+def test_gpu_page_says_what_was_measured():
+    """The tables of docs/performance.md are those of the results in the repository."""
+    section = gpu_report.PAGE.read_text().split(gpu_report.START)[1].split(gpu_report.END)[0]
+    assert section.strip() == gpu_report.format_results(gpu_report.read_results())
+
+
+def test_gpu_command_without_a_gpu(root, tmp_path):
+    """It lists what would run, runs a case at tiny size, and refuses to pretend."""
+
+    def run(*words):
+        command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", *words]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+
+    listed = run("--dry").stdout.splitlines()
+    assert len(listed) == len(CLAIMS) + len(CASES)
+    assert "no GPU here" in run().stderr
+    target = tmp_path / "gpu.json"
+    done = run("--tiny", "--only", "Masked KD", "--json", target)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (case,) = json.loads(target.read_text())["cases"]
+    assert all(row["rate"] > 0 and row["share_of_matmul"] > 0 for row in case["sides"].values())
+    assert case["profile"]
