@@ -44,8 +44,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto (GPU if there is one), or another of torch's")
     parser.add_argument("--json", type=Path, help="where results go (default: benchmarks/gpu/results/CARD.json)")
-    parser.add_argument("--only", default="", help="cases with this in their name, and no tests")
-    parser.add_argument("--tests", action="store_true", help="the tests alone")
+    parser.add_argument("--part", choices=("tests", "sizes"), help="the tests or the real sizes alone")
+    parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--workers", type=int, default=4, help="tests beside each other (default: 4)")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
     parser.add_argument("--dry", action="store_true", help="list what would run")
@@ -154,10 +154,10 @@ def main():
         path.write_text(json.dumps(result, indent=1) + "\n")
 
     # On a processor one claim shows that it works: the others take minutes, and `make test` runs them.
-    for claim in [] if args.only else list(CLAIMS)[: 1 if args.tiny else None]:
+    for claim in [] if args.part == "sizes" else list(CLAIMS)[: 1 if args.tiny else None]:
         result["claims"][claim] = check_claim(claim, device, args.workers)
         save()
-    for case in [] if args.tests else cases:
+    for case in [] if args.part == "tests" else cases:
         try:
             result["cases"].append(measure(case, setup))
         except torch.OutOfMemoryError as error:
