@@ -184,6 +184,10 @@ ABLATIONS = {  # of learning, on the first teacher and under the first pattern a
     "learned from pairs, LoRA": replace(PAIRS, update="lora"),
     "learned from pairs, frozen weights": replace(PAIRS, update="none"),
 }
+LARGER_GROUPS = {  # of learning, where a group has more ways to keep layers than two
+    "learned from pairs, gates at 1e-3": replace(PAIRS, gate_lr=1e-3),
+    "learned from pairs, twice as long": replace(PAIRS, length=2.0),
+}
 RANDOM_TRIED, LOWEST_TRIED = "4 at random, tried", "4 of lowest loss, tried"
 SEARCHED = ("lowest loss", "median loss", "highest loss", RANDOM_TRIED, LOWEST_TRIED)
 DEPTHS = ("3:4", "2:3", "1:2", "1:3", "1:4", "1:6")
@@ -228,8 +232,13 @@ def list_choices(settings, seeds):
             jobs += [choice_job(kind, pattern, name, seed) for name in names for seed in drawn]
         jobs.append(choice_job("criterion", pattern, "BK-SDM", 0))
     if settings.teacher == 0:
-        few = range(min(seeds, 2))
-        jobs += [learn_job(first, name, options, seed) for name, options in ABLATIONS.items() for seed in few]
+        tried = [(first, ABLATIONS), *((pattern, LARGER_GROUPS) for pattern in settings.patterns[1:])]
+        jobs += [
+            learn_job(pattern, name, options, seed)
+            for pattern, ablations in tried
+            for name, options in ablations.items()
+            for seed in range(min(seeds, 2))
+        ]
     return jobs
 
 

@@ -101,6 +101,7 @@ COMPARED = (
     ("relative Masked KD", "relative representation KD"),
     ("Masked KD, planted", "representation KD, planted"),
     ("relative Masked KD, planted", "relative representation KD, planted"),
+    ("Masked KD from learned", "fine-tuning from learned"),
     ("half of Masked KD", "Masked KD"),
     ("half of Masked KD from learned", "Masked KD"),
 )

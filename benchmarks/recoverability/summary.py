@@ -93,7 +93,8 @@ def summarize_recoveries(rows):
         ends = ends_of(rows, recipe)
         wins, pairs = count_wins(ends, plain)
         drawn = [row for row in ends.values() if "read" in row]
-        summary.append({"recipe": recipe, **means_of(ends.values()), **means_of(drawn), "wins": wins, "pairs": pairs})
+        measures = {**means_of(drawn), **means_of(ends.values())}  # the loss is that of all seeds
+        summary.append({"recipe": recipe, **measures, "wins": wins, "pairs": pairs})
     return sorted(summary, key=lambda row: row["loss"])
 
 

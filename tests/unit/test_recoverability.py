@@ -76,6 +76,15 @@ def test_wins_are_counted_in_pairs():
     assert (found["Masked KD"]["wins"], found["Masked KD"]["pairs"]) == (1, 2)
 
 
+def test_losses_of_recipes_are_those_of_all_seeds():
+    """Although samples are drawn of the first seed alone."""
+    common = {"kind": "recovery", "kept": [0], "method": "Masked KD"}
+    rows = [{**common, "seed": 0, "loss": 0.1, "distance": 1.0, "frechet": 5.0, "read": 0.5}]
+    rows.append({**common, "seed": 1, "loss": 0.3, "distance": 2.0})
+    (row,) = summary.summarize_recoveries(rows)
+    assert (row["loss"], row["distance"], row["frechet"], row["read"]) == (0.2, 1.5, 5.0, 0.5)
+
+
 def test_jobs_are_done_once(tmp_path):
     """What has a row is left out, and half a row counts as none."""
     path = tmp_path / "rows.jsonl"
