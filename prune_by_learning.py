@@ -146,9 +146,9 @@ def main(settings):
     from engine.distributed import on_main
     from engine.networks import NetworkStart, StateSketch
     from engine.pruned import save_pruned
-    from engine.run import Run, cast_frozen_weights, compile_blocks
+    from engine.run import cast_frozen_weights, compile_blocks
     from engine.run_folder import run_path
-    from engine.start import open_data, start_training
+    from engine.start import make_run, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.gates import GateSchedule, decide, likeliest, set_routing
     from pruning.lora import learned_weights, weight_update
@@ -156,13 +156,7 @@ def main(settings):
     from pruning.surgery import cut_layers
 
     groups = choose_groups(settings.model, settings.pattern, settings.candidates)
-    run = Run(
-        settings.device,
-        settings.precision,
-        settings.global_seed,
-        default_precision=COMMAND.precision,
-        sharded=settings.shard,
-    )
+    run = make_run(settings, COMMAND)
     save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
     inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
     for path in choice_paths(save_model, settings.finalists):

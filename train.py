@@ -27,17 +27,10 @@ def main(settings):
     from engine.data import network_config
     from engine.networks import NetworkStart, StateSketch
     from engine.optim import Recipe
-    from engine.run import Run
-    from engine.start import open_data, start_training
+    from engine.start import make_run, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
 
-    run = Run(
-        settings.device,
-        settings.precision,
-        settings.global_seed,
-        default_precision=COMMAND.precision,
-        sharded=settings.shard,
-    )
+    run = make_run(settings, COMMAND)
     family = settings.family
     space, data = open_data(settings)
     start = NetworkStart(settings.model, network_config(data.dataset, space), settings.weights.get("load_weight"))

@@ -81,20 +81,14 @@ def main(settings):
     from engine.data import network_config
     from engine.networks import NetworkStart, StateSketch
     from engine.optim import Recipe
-    from engine.run import Run, compile_blocks
-    from engine.start import open_data, start_training
+    from engine.run import compile_blocks
+    from engine.start import make_run, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.distillation import DistillStep, feature_weight
 
     if not settings.load_teacher:
         raise InputError("--load-teacher: missing; give the weights of the network to learn from")
-    run = Run(
-        settings.device,
-        settings.precision,
-        settings.global_seed,
-        default_precision=COMMAND.precision,
-        sharded=settings.shard,
-    )
+    run = make_run(settings, COMMAND)
     family = settings.family
     space, data = open_data(settings)
     if settings.interval_steps >= data.total_steps:

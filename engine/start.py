@@ -14,6 +14,7 @@ from engine.data import TrainingData, open_latents
 from engine.distributed import agree, on_main
 from engine.errors import InputError, nearest_folder
 from engine.optim import share_of_start
+from engine.run import Run
 from engine.run_folder import RunFolder, run_path
 from engine.vae import LatentSpace
 
@@ -131,6 +132,12 @@ def describe_size_lines(sizes, batch):
         f"networks: {networks}",
         f"checkpoints: {sizes['states']} of {gigabytes:.3g} GB, {sizes['states'] * gigabytes:.3g} GB in all",
     ]
+
+
+def make_run(settings, command):
+    """The engine.run.Run of a training script."""
+    how = {"default_precision": command.precision, "sharded": settings.shard}
+    return Run(settings.device, settings.precision, settings.global_seed, **how)
 
 
 def open_data(settings):
