@@ -17,7 +17,7 @@ from families.flags import TRAINING, Flag, above_zero, amount, count, number, pa
 
 TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
 GRADIENTS = ("straight-through", "pairs")
-DENSE_UP_TO = 64  # images of a process at a time, the most that were measured on a GPU, see docs/performance.md
+DENSE_UP_TO = 16  # images of a process at a time; where a GPU waits for its processor, see docs/performance.md
 COMMAND = Command(
     "prune_by_learning",
     __doc__,
@@ -65,7 +65,7 @@ COMMAND = Command(
         Flag("finalists", "most probable choices that are written, the second as <save-model>-2, ...", 1, type=count),
         Flag(
             "dense",
-            "also run the backward of skipped samples: more work in fewer steps, which is faster for few images",
+            "also run the backward of skipped samples: more work and memory in fewer steps, faster for few images",
             opposite=True,
             shown=f"on with a GPU and up to {DENSE_UP_TO} images a process",
         ),
@@ -126,8 +126,9 @@ def runs_dense(settings, run):
     if settings.dense is not None:
         return settings.dense
     images = settings.global_batch_size // (run.world * settings.grad_accumulation)
-    alone = settings.gate_gradient == "straight-through" and settings.gate_samples == 1
-    return alone and run.on_gpu and images <= DENSE_UP_TO
+    is_usual = settings.gate_gradient == "straight-through" and settings.gate_samples == 1
+    is_short_of_memory = settings.grad_checkpointing or run.sharded
+    return run.on_gpu and is_usual and not is_short_of_memory and images <= DENSE_UP_TO
 
 
 def make_step(net, teacher, objective, share, gradient):

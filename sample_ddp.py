@@ -33,10 +33,10 @@ COMMAND = Command(
     kinds=("sample",),
     weights=(("ckpt", "model"),),
 )
-# What pictures depend on, besides the family's own flags and the weights.
+# What pictures depend on, besides the family's own flags and the weights; more than in the last bits.
 SAMPLE_SETTINGS = (
     *("model", "vae", "image_size", "num_classes", "cfg_scale", "num_sampling_steps", "global_seed", "no_ema"),
-    *("tf32", "compile", "precision", "per_proc_batch_size"),
+    *("tf32", "precision", "per_proc_batch_size"),
 )
 # The same, younger than some folders: what their records stand for that do not name it.
 LATER_SETTINGS = {"vae_precision": "fp32"}
@@ -146,7 +146,7 @@ def main(settings):
 
     names = (*SAMPLE_SETTINGS, *LATER_SETTINGS)
     made_with = {name: getattr(settings, name) for name in names} | own | {"weights": weights.digest}
-    made_with["compile"] = run.compiles(settings.compile)
+    made_with.pop("head_graphs", None)
     file = os.stat(weights.path)
     earlier = {"ckpt_size": file.st_size, "ckpt_changed": file.st_mtime}
     name = name_folder(settings, weights.path)

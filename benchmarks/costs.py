@@ -24,6 +24,7 @@ from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective, TrainStep
 from engine.networks import StateSketch
 from engine.run import cast_frozen_weights
+from engine.vae import pictures_at_once
 from evaluation.inception import Inception
 from families import create_model
 from pruning.distillation import DistillStep, layer_pairs
@@ -34,6 +35,7 @@ LEARN_BATCH, TRAIN_BATCH, SAMPLE_BATCH, ENCODE_BATCH, EVALUATE_BATCH = 128, 256,
 CKPT_EVERY, PIXELS, LATENT = 10_000, 256, (4, 32, 32)
 TEACHER, STUDENT, GATED, KEPT_LAYERS, LAYERS = "DiT-XL/2", "DiT-D14/2", "DiT-XL-1-2", 14, 28
 VAE_WIDTHS = (128, 256, 512, 512)  # of the published SD autoencoder
+AT_ONCE = pictures_at_once(PIXELS, PIXELS)  # that it takes
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def make_step(net, teacher=None):
 
 def cost_of_training(name, cards, batch, epochs, step, sketch, more_bytes=lambda n: 0, more_flops=0.0):
     """The Cost of training; more_bytes(n), more_flops: what the step leaves out, of a batch and of an image."""
-    held = sketch.count_bytes() + sum(map(parameter_bytes, getattr(step, "_teacher", ())))
+    held = sketch.count_bytes() + (parameter_bytes(step.teacher) if isinstance(step, DistillStep) else 0)
     memory = {}
     for count in cards:
         n = math.ceil(batch / count)
@@ -174,7 +176,7 @@ def cost_of_learning(cards, update):
         return trained * (4 + 2) + LAYERS * n * tokens * width * 2
 
     sketch = StateSketch(gated, gated.gumbel_gates)
-    name = f"learn 1:2, {update}, 1 epoch"
+    name = f"learn 1:2, {update}, --no-dense, 1 epoch"
     return cost_of_training(name, cards, LEARN_BATCH, 1, make_step(kept), sketch, more_bytes, skipped)
 
 
@@ -198,7 +200,8 @@ def cost_of_encoding(cards):
 
     def encode(n):
         with torch.autocast("cpu", torch.bfloat16):
-            vae.encode(torch.empty(2 * n, 3, PIXELS, PIXELS))
+            for part in torch.empty(2 * n, 3, PIXELS, PIXELS).split(AT_ONCE):
+                vae.encode(part)
 
     size = IMAGES * (2 * 4 * math.prod(LATENT) + 8)
     disk = f"latents {size / 1e9:.0f} GB"
@@ -212,7 +215,8 @@ def cost_of_sampling(cards):
     once = cost_of_inference("", cards, SAMPLES, SAMPLE_BATCH, [net, vae], lambda n: run_forward(net, 2 * n), "")
 
     def decode(n):
-        vae.decode(torch.empty(n, *LATENT))
+        for part in torch.empty(n, *LATENT).split(AT_ONCE):
+            vae.decode(part)
 
     disk = f"{SAMPLES * PIXELS**2 * 3 / 1e9:.0f} GB .npz"
     last = cost_of_inference("", cards, SAMPLES, SAMPLE_BATCH, [net, vae], decode, disk)

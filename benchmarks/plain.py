@@ -88,7 +88,7 @@ class PlainDistillStep(DistillStep):
         prediction = self.objective.predict(self.net, x, y, draw, lambda layer, _, out: of_student.update({layer: out}))
         with torch.no_grad():
             goal = self.objective.predict(
-                self._teacher[0], x, y, draw, lambda layer, _, out: of_teacher.update({layer: out})
+                self.teacher, x, y, draw, lambda layer, _, out: of_teacher.update({layer: out})
             )
         terms = self.objective.loss(prediction, x, draw)
         gt = terms.pop("loss")
@@ -146,7 +146,7 @@ def make_step(setup, kind, is_plain, depth):
 def make_trainer(setup, kind, is_plain, precision, depth, compiled=False):
     """A trainer of one side: with `train_step` and, after a step, `grad_norm`."""
     step, groups, averaged = make_step(setup, kind, is_plain, depth)
-    teachers = getattr(step, "_teacher", ())
+    teachers = [step.teacher] if kind == "Masked KD" else []
     if is_plain:
         for net in (step.net, *teachers):
             make_plain(net)

@@ -186,10 +186,18 @@ def unused_flags(**defaults):
     return tuple(rows)
 
 
+def grow_in_segments():
+    """Have torch keep a GPU's memory in one piece, unless the environment says how; before any of it is taken.
+
+    Sizes change with every layer and step of gate learning, and memory would fall to pieces.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the new name, which the old one would beat
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def launch(main, parse_args):
     """Run a script: messages instead of tracebacks for what users can correct, and an orderly end of all processes."""
-    # Sizes change with every layer and step of gate learning: without this a GPU's memory would fall to pieces.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    grow_in_segments()
     try:
         sys.exit(run_script(main, parse_args))
     finally:

@@ -1,5 +1,6 @@
 """A running script: its processes, device, precision and seed, and what these do to a network."""
 
+import shutil
 import sys
 from contextlib import nullcontext
 
@@ -83,8 +84,11 @@ class Run:
         return self.device.type == "cuda"
 
     def compiles(self, asked):
-        """Whether networks are compiled: as asked for; by default (None) on a GPU, if the compiler is there."""
-        return asked if asked is not None else self.on_gpu and has_triton()
+        """Whether networks are compiled: as asked for; by default (None) on a GPU, if the compilers are there.
+
+        By default not with --shard, which makes a graph of every block, more than torch keeps of one function.
+        """
+        return asked if asked is not None else self.on_gpu and not self.sharded and has_compilers()
 
     def autocast(self):
         """The context in which networks compute."""
@@ -101,6 +105,11 @@ class Run:
         """Print from the main process."""
         if self.is_main:
             print(text, flush=True)
+
+
+def has_compilers():
+    """Whether torch can make kernels for a GPU: by Triton, which needs a C compiler for its first launch."""
+    return has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def checkpoint_blocks(net):

@@ -70,7 +70,7 @@ class SamplingPlan:
     own: dict
     num_sampling_steps: int
     cfg_scale: float
-    compile: bool | None = None
+    compile: bool | None = False
     vae_precision: str = "fp32"
 
     def check(self):

@@ -143,8 +143,10 @@ def clip_gradients(params, limit):
     """
     grads = [p.grad for p in params if p.grad is not None]
     parts = [grad.to_local() for grad in grads]
-    squares = torch.stack(torch._foreach_norm(parts)).square()
-    is_whole = torch.tensor([grad.placements[0].is_replicate() for grad in grads], device=squares.device)
-    norm = (all_reduce(squares[~is_whole].sum()) + squares[is_whole].sum()).sqrt()
+    norms = {True: [parts[0].new_zeros(())], False: [parts[0].new_zeros(())]}  # of what is whole, and of what is not
+    for grad, norm in zip(grads, torch._foreach_norm(parts), strict=True):
+        norms[grad.placements[0].is_replicate()].append(norm)
+    whole, split = (torch.stack(norms[kind]).square().sum() for kind in (True, False))
+    norm = (all_reduce(split) + whole).sqrt()
     torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -198,6 +198,8 @@ def compare(reference, sample, metrics, rule="adm"):
     Their entry `few` tells that the rows of the statistics are there, and fewer than a covariance needs.
     In the main process; for "pr" the others have to call `share_precision_recall` meanwhile.
     """
+    if "pr" in metrics:  # first, as the others wait for their share
+        precision, recall = share_precision_recall(reference["pool"], sample["pool"], rule)
     if "is" in metrics:
         yield "is", inception_score(sample.pop("logits"))
     for name, (tap, mean, covariance) in TAPS.items():
@@ -207,7 +209,6 @@ def compare(reference, sample, metrics, rule="adm"):
             else:
                 yield name, frechet_distance(*(side[key] for side in (sample, reference) for key in (mean, covariance)))
     if "pr" in metrics:
-        precision, recall = share_precision_recall(reference["pool"], sample["pool"], rule)
         yield "precision", precision
         yield "recall", recall
 

@@ -86,7 +86,7 @@ def masked_feature_loss(student, teacher, k=2.0, compiled=False):
     """Mean squared difference (N,) of hidden states, each masked by its own statistics (paper, equation 9).
 
     The mean is over all entries; one that is masked on one side only is compared with zero. The masks and the teacher
-    get no gradients. compiled: by torch.compile, in a third of the passes over memory.
+    get no gradients. compiled: by torch.compile, in fewer passes over memory.
     """
     return _MaskedFeatureLoss.apply(student, teacher, k, compiled)
 

@@ -44,7 +44,7 @@ CASES = [
     ),
     *(
         Case(f"learning, {update}, {n} images", in_four_forms(update, n))
-        for update, n in (("lora", 16), ("lora", 128), ("full", 16), ("full", 128))
+        for update, n in (("lora", 16), ("lora", 64), ("full", 16), ("full", 64))
     ),
     Case("sampling, DiT-D14/2, 32 images, 10 steps", in_both_forms(sides.draw, name="DiT-D14/2")),
     Case("training, SiT-XL/2, 16 images", in_both_forms(sides.tune, name="SiT-XL/2", n=16)),

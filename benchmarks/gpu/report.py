@@ -23,7 +23,8 @@ def format_case(case):
     for place, (name, row) in enumerate(case["sides"].items()):
         speedup = f"{row['speedup']:.2f}x ({row['least']:.2f} to {row['most']:.2f})" if place else "1"
         cells = [case["case"] if not place else "", name, f"{row['rate']:.1f}", speedup]
-        cells += [f"{row['share_of_matmul']:.2f}", f"{row['gb']:.1f}", f"{row['first_call']:.0f} s"]
+        gb = "-" if row.get("gb") is None else f"{row['gb']:.1f}"
+        cells += [f"{row['share_of_matmul']:.2f}", gb, f"{row['first_call']:.0f} s"]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -80,7 +80,10 @@ def test_bars():
 def test_gpu_page_says_what_was_measured():
     """The tables of docs/performance.md are those of the results in the repository."""
     section = gpu_report.PAGE.read_text().split(gpu_report.START)[1].split(gpu_report.END)[0]
-    assert section.strip() == gpu_report.format_results(gpu_report.read_results())
+    results = gpu_report.read_results()
+    assert section.strip() == gpu_report.format_results(results)
+    assert {case["case"] for result in results for case in result["cases"]} <= {case.name for case in CASES}
+    assert all(result["claims"].keys() <= CLAIMS.keys() for result in results)
 
 
 def test_gpu_command_without_a_gpu(root, tmp_path):

@@ -64,15 +64,18 @@ COMPILED = [(None, True, True), (None, False, False), (False, True, False)]
 def test_compiled_by_default_on_a_gpu(monkeypatch, asked, compiler, expected):
     """Where the compiler is there, and unless it is asked not to; on a processor only if asked to."""
     monkeypatch.setattr(engine.run, "has_triton", lambda: compiler)
+    monkeypatch.setattr(engine.run.shutil, "which", lambda name: name)
     run = Run("cpu")
     assert run.compiles(asked) is False
     assert run.compiles(True) is True
     monkeypatch.setattr(Run, "on_gpu", True)
     assert run.compiles(asked) == expected
+    run.sharded = True
+    assert run.compiles(asked) is bool(asked)
 
 
 USUAL = {"dense": None, "global_batch_size": 128, "grad_accumulation": 1, "gate_gradient": "straight-through"}
-USUAL |= {"gate_samples": 1.0}
+USUAL |= {"gate_samples": 1.0, "grad_checkpointing": False}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,7 @@ USUAL |= {"gate_samples": 1.0}
         ({"dense": True}, 1, False, True),
         ({"gate_samples": 0.25}, 8, True, False),
         ({"gate_gradient": "pairs"}, 8, True, False),
+        ({"grad_checkpointing": True}, 8, True, False),
     ],
 )
 def test_dense_where_it_is_faster(monkeypatch, changed, world, on_gpu, dense):
@@ -96,12 +100,18 @@ def test_dense_where_it_is_faster(monkeypatch, changed, world, on_gpu, dense):
 
 
 def test_allocator(monkeypatch):
-    """Every script lets the GPU's memory grow in segments, unless the user has said how."""
-    for given, expected in ((None, "expandable_segments:True"), ("backend:native", "backend:native")):
-        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-        if given:
-            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    """Every script lets the GPU's memory grow in segments, unless the user has said how, by either name."""
+    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    for given, expected in (
+        ({}, "expandable_segments:True"),
+        ({old: "backend:native"}, "backend:native"),
+        ({new: "x"}, None),
+    ):
+        for name in (old, new):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
         seen = []
         with pytest.raises(SystemExit):
-            launch(lambda settings, seen=seen: seen.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]), lambda: None)
+            launch(lambda settings, seen=seen: seen.append(os.environ.get(old)), lambda: None)
         assert seen == [expected]
