@@ -131,76 +131,96 @@ def runs_dense(settings, run):
     return run.on_gpu and is_usual and not is_short_of_memory and images <= DENSE_UP_TO
 
 
-def make_step(net, teacher, objective, share, gradient):
-    """The training step; share: of the loss that compares with the output of the `teacher`, which is not trained."""
-    from diffusion.objectives import TrainStep
-    from pruning.distillation import DistillStep
-    from pruning.pairs import PairStep
-
-    if gradient == "pairs":
-        return PairStep(net, objective, share, teacher)
-    return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
-
-
-def main(settings):
-    from engine.data import network_config
-    from engine.distributed import on_main
-    from engine.networks import NetworkStart, StateSketch
-    from engine.pruned import save_pruned
-    from engine.run import cast_frozen_weights, compile_blocks
+def choose_file(settings):
+    """Where the pruned weights go; raises InputError if a file cannot be written, or is one that this run reads."""
     from engine.run_folder import run_path
-    from engine.start import make_run, open_data, start_training
-    from engine.trainer import Trainer, TrainingOptions
-    from pruning.gates import GateSchedule, decide, likeliest, set_routing
-    from pruning.lora import learned_weights, weight_update
-    from pruning.patterns import format_pattern
-    from pruning.surgery import cut_layers
 
-    groups = choose_groups(settings.model, settings.pattern, settings.candidates)
-    run = make_run(settings, COMMAND)
     save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
     inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
     for path in choice_paths(save_model, settings.finalists):
         check_writable("--save-model", path, **inputs)
-    space, data = open_data(settings)
-    original = settings.weights["load_weight"]
-    config, share = network_config(data.dataset, space), TEACHER_SHARES[settings.target]
+    return save_model
+
+
+def plan_networks(settings, groups, data, space):
+    """{word: NetworkStart}: the gated network, and the whole one as a teacher if that is what it learns from."""
+    from engine.data import network_config
+    from engine.networks import NetworkStart
+
+    config, original = network_config(data.dataset, space), settings.weights["load_weight"]
     gated = {**config, "groups": groups, "contiguous": settings.candidates == "contiguous"}
-    start = NetworkStart(settings.model, gated, original)
-    networks = {"network": start}
-    if share:
+    networks = {"network": NetworkStart(settings.model, gated, original)}
+    if TEACHER_SHARES[settings.target]:
         plain_name = depth_name(settings.model, stack_layers(settings.model))
         networks["teacher"] = NetworkStart(plain_name, config, original)
+    return networks
 
-    def add_update(net):
-        """Choose what is trained besides the gates; returns these parameters."""
-        weights = weight_update(net, settings.delta_w, settings.lora_rank if settings.lora else None)
-        cast_frozen_weights(net, run.precision)
-        return weights
 
+def add_update(net, settings, precision):
+    """Choose what is trained besides the gates; returns these parameters."""
+    from engine.run import cast_frozen_weights
+    from pruning.lora import weight_update
+
+    weights = weight_update(net, settings.delta_w, settings.lora_rank if settings.lora else None)
+    cast_frozen_weights(net, precision)
+    return weights
+
+
+def make_step(net, teacher, settings):
+    """The training step of a network; the teacher, if there is one, is not trained."""
+    from diffusion.objectives import TrainStep
+    from pruning.distillation import DistillStep
+    from pruning.pairs import PairStep
+
+    objective, share = settings.family.make_objective(**settings.own("train")), TEACHER_SHARES[settings.target]
+    if settings.gate_gradient == "pairs":
+        return PairStep(net, objective, share, teacher)
+    return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
+
+
+def build_teacher(start, run, compiled):
+    """The whole network, ready to be learnt from."""
+    from engine.run import compile_blocks
+
+    teacher = run.freeze(start.build(run.home))
+    if run.compiles(compiled):
+        compile_blocks(teacher)
+    return teacher
+
+
+def main(settings):
+    from engine.distributed import on_main
+    from engine.networks import StateSketch
+    from engine.pruned import save_pruned
+    from engine.start import make_run, open_data, start_training
+    from engine.trainer import Trainer, TrainingOptions
+    from pruning.gates import GateSchedule, decide, likeliest, set_routing
+    from pruning.lora import learned_weights
+    from pruning.patterns import format_pattern
+    from pruning.surgery import cut_layers
+
+    groups = choose_groups(settings.model, settings.pattern, settings.candidates)
+    run, save_model = make_run(settings, COMMAND), choose_file(settings)
+    space, data = open_data(settings)
+    networks, original = plan_networks(settings, groups, data, space), settings.weights["load_weight"]
+    start = networks["network"]
     sketch = start.build_without_memory()
-    add_update(sketch)
+    add_update(sketch, settings, run.precision)
     state = StateSketch(sketch, sketch.gumbel_gates)
     folder = start_training(settings, run, data, networks, state, start.describe(space))
     if folder is None:
         return
 
-    net = start.build(run.home)
-    gates = net.gumbel_gates
-    dense = runs_dense(settings, run)
+    net, dense = start.build(run.home), runs_dense(settings, run)
+    gates, weights = net.gumbel_gates, add_update(net, settings, run.precision)
     set_routing(net, dense, settings.gate_samples)
-    weights = add_update(net)
     folder.log(
         f"gates over {format_pattern(groups)}, {'dense' if dense else 'sparse'}; "
         f"{sum(p.numel() for p in weights):,} other parameters are trained"
     )
-    teacher = run.freeze(networks["teacher"].build(run.home)) if share else None
-    if share and run.compiles(settings.compile):
-        compile_blocks(teacher)
-    objective = settings.family.make_objective(**settings.own("train"))
-    step = make_step(net, teacher, objective, share, settings.gate_gradient)
+    teacher = build_teacher(networks["teacher"], run, settings.compile) if "teacher" in networks else None
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
-    trainer = Trainer(run, step, rates, gates, settings.make(TrainingOptions))
+    trainer = Trainer(run, make_step(net, teacher, settings), rates, gates, settings.make(TrainingOptions))
     averaged = trainer.ema.module
     schedule = settings.make(GateSchedule, total_steps=data.total_steps)
 
