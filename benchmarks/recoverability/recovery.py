@@ -50,6 +50,9 @@ RECIPES = {
     "relative Masked KD, planted": Recovery(RELATIVE, planted=True),
     "half of Masked KD": Recovery(budget=0.5),
     "half of Masked KD from learned": Recovery(init="learned", budget=0.5),
+    "half of relative representation KD from learned": Recovery(
+        {**RELATIVE, "k": math.inf}, init="learned", budget=0.5
+    ),
 }
 
 

@@ -104,6 +104,7 @@ COMPARED = (
     ("Masked KD from learned", "fine-tuning from learned"),
     ("half of Masked KD", "Masked KD"),
     ("half of Masked KD from learned", "Masked KD"),
+    ("half of relative representation KD from learned", "Masked KD"),
 )
 
 
