@@ -130,8 +130,8 @@ class DiT(LabelDropper):
     """Diffusion transformer over latents (N, C, H, W), conditioned on time and class.
 
     With `groups` ([[N, M], ...], see pruning.patterns) it also owns `gumbel_gates`: in training mode every sample runs
-    the layers drawn for it, in eval mode all samples run the layers that the gates currently choose. contiguous: layers
-    are only dropped in a row, see pruning.patterns.candidate_masks.
+    the layers drawn for it, in eval mode all samples run the layers that the gates currently choose. candidates: see
+    pruning.gates.LayerGates.
     Raises ValueError for groups that do not cover the depth.
     """
 
@@ -148,7 +148,7 @@ class DiT(LabelDropper):
         num_classes=1000,
         learn_sigma=True,
         groups=None,
-        contiguous=False,
+        candidates="all",
     ):
         super().__init__()
         self.in_channels, self.patch_size, self.num_classes = in_channels, patch_size, num_classes
@@ -161,7 +161,7 @@ class DiT(LabelDropper):
         self.pos_embed = nn.Parameter(position_table(hidden_size, self.grid_size), requires_grad=False)
         self.blocks = BlockStack(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         if groups is not None:
-            self.gumbel_gates = LayerGates(groups, depth, contiguous)
+            self.gumbel_gates = LayerGates(groups, depth, candidates)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 

@@ -57,7 +57,7 @@ class MAR(LabelDropper):
 
     input_size: latents per side. buffer_size: copies of the class vector in front of the tokens.
     Layers are numbered through both stacks: encoder 0.., then decoder. With `groups` ([[N, M], ...] over that list) it
-    also owns `gumbel_gates`, which act as in models.DiT, as does `contiguous`.
+    also owns `gumbel_gates`, which act as in models.DiT, as does `candidates`.
     Raises ValueError for groups that do not cover the depth or cross from encoder to decoder.
     """
 
@@ -79,7 +79,7 @@ class MAR(LabelDropper):
         head_depth=8,
         head_width=1280,
         groups=None,
-        contiguous=False,
+        candidates="all",
     ):
         super().__init__()
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -101,7 +101,7 @@ class MAR(LabelDropper):
         self.decoder_blocks, self.decoder_norm = BlockStack(block() for _ in range(decoder_depth)), norm()
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, hidden_size))
         if groups is not None:
-            self.gumbel_gates = LayerGates(groups, self.depth, contiguous)
+            self.gumbel_gates = LayerGates(groups, self.depth, candidates)
             check_borders(groups, (encoder_depth, decoder_depth))
         # A level of the published keys; the diffusion itself belongs to objectives and samplers.
         self.diffloss = nn.ModuleDict({"net": HeadMLP(self.token_width, hidden_size, head_width, head_depth)})

@@ -37,9 +37,10 @@ COMMAND = Command(
         Flag("scaling-range", "first and last scaling", [100.0, 100.0], type=above_zero, nargs=2),
         Flag(
             "candidates",
-            "of a group: all ways to keep N of its M layers, or the N + 1 that drop layers in a row",
+            "of a group: all ways to keep N of its M layers; the N + 1 that drop layers in a row; or all, by scores of "
+            "the layers, of which a way has the sum",
             "all",
-            choices=("all", "contiguous"),
+            choices=("all", "contiguous", "layers"),
         ),
         Flag(
             "target",
@@ -107,7 +108,7 @@ def choose_groups(model, pattern, candidates):
         raise InputError(f"--model {model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
     with flag_errors("--pattern", pattern):
         groups = parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
-        if candidates == "all":
+        if candidates != "contiguous":
             check_candidates(groups)
         return groups
 
@@ -148,7 +149,7 @@ def plan_networks(settings, groups, data, space):
     from engine.networks import NetworkStart
 
     config, original = network_config(data.dataset, space), settings.weights["load_weight"]
-    gated = {**config, "groups": groups, "contiguous": settings.candidates == "contiguous"}
+    gated = {**config, "groups": groups, "candidates": settings.candidates}
     networks = {"network": NetworkStart(settings.model, gated, original)}
     if TEACHER_SHARES[settings.target]:
         plain_name = depth_name(settings.model, stack_layers(settings.model))

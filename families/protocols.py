@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Network(Protocol):
     """A diffusion transformer whose blocks are in one or more `pruning.gates.BlockStack`s; a torch Module.
 
-    Built with `groups=[[N, M], ...]` it owns `gumbel_gates`, and with `contiguous` too these have fewer candidates. Its
+    Built with `groups=[[N, M], ...]` it owns `gumbel_gates`, of the kind that `candidates` says (see there). Its
     inputs are the family's own, between its objective and its sampler; `mask`, `observe` and `drop` are common to all.
     """
 

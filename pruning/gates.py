@@ -69,33 +69,45 @@ class LayerGates(nn.ParameterList):
     """One logit per candidate of every N:M group, sampled by a straight-through Gumbel-softmax (paper, section 3.3).
 
     Parameter g has shape (1, candidates). `tau` and `scaling` are set from outside, as functions of the step.
-    contiguous: candidates are those that drop layers in a row.
+    candidates: "all"; "contiguous", those that drop layers in a row; or "layers", all of them, but the logit of one is
+    the sum of the scores of the layers that it keeps: parameter g has shape (1, M), and every draw tells of all M.
     """
 
-    def __init__(self, groups, depth, contiguous=False):
+    def __init__(self, groups, depth, candidates="all"):
         check_groups(groups, depth)
-        if not contiguous:
+        if candidates != "contiguous":
             check_candidates(groups)
-        tables = [candidate_masks(n, m, contiguous) for n, m in groups]
-        super().__init__(nn.Parameter(torch.full((1, len(table)), INITIAL_LOGIT, device="cpu")) for table in tables)
-        self.groups = [tuple(group) for group in groups]
+        tables = [candidate_masks(n, m, candidates == "contiguous") for n, m in groups]
+        sizes = [table.shape[1 if candidates == "layers" else 0] for table in tables]
+        super().__init__(nn.Parameter(torch.full((1, size), INITIAL_LOGIT, device="cpu")) for size in sizes)
+        self.groups, self.has_scores = [tuple(group) for group in groups], candidates == "layers"
         self.alike = [[g for g, each in enumerate(self.groups) if each == kind] for kind in dict.fromkeys(self.groups)]
         self.tau, self.scaling = 1.0, 1.0
         for g, table in enumerate(tables):
             self.register_buffer(f"candidates_{g}", table, persistent=False)
 
+    def logits(self, g):
+        """Of the candidates of group g, (1, candidates)."""
+        if not self.has_scores:
+            return self[g]
+        with torch.autocast(self[g].device.type, enabled=False):
+            return self[g] @ self.get_buffer(f"candidates_{g}").T
+
     def draw_gumbel(self, n):
         """Gumbel noise, one (n, candidates) tensor per group."""
-        drawn = [torch.empty(n, p.shape[1], dtype=p.dtype, device=p.device).exponential_() for p in self]
-        logs = torch._foreach_log(drawn)
-        return torch._foreach_neg(logs)
+        drawn = []
+        for g, p in enumerate(self):
+            size = n, len(self.get_buffer(f"candidates_{g}"))
+            drawn.append(torch.empty(size, dtype=p.dtype, device=p.device).exponential_())
+        return torch._foreach_neg(torch._foreach_log(drawn))
 
     def draw(self, n, gumbel=None):
         """Draw one candidate per group for each of n samples: mask (n, L), exactly 0/1, with the softmax's gradient."""
         gumbel, masks = gumbel or self.draw_gumbel(n), [None] * len(self)
         for members in self.alike:  # groups of the same N and M together
             table = self.get_buffer(f"candidates_{members[0]}")
-            logits, noise = torch.stack([self[g] for g in members]), torch.stack([gumbel[g] for g in members])
+            logits = torch.stack([self.logits(g) for g in members])
+            noise = torch.stack([gumbel[g] for g in members])
             with torch.autocast(table.device.type, enabled=False):
                 soft = ((logits * self.scaling + noise) / self.tau).softmax(-1)  # (groups, n, candidates)
                 drawn = table[soft.argmax(-1)] + (soft - soft.detach()) @ table
@@ -110,7 +122,7 @@ class LayerGates(nn.ParameterList):
         """
         masks, total = [], 0.0
         for g, noise in enumerate(self.draw_gumbel(n)):
-            scaled = self[g][0] * self.scaling
+            scaled = self.logits(g)[0] * self.scaling
             chosen = (scaled.detach() + noise).argmax(-1)
             masks.append(self.get_buffer(f"candidates_{g}")[chosen])
             total = total + scaled.log_softmax(-1)[chosen]
@@ -135,9 +147,10 @@ def decide(model):
         raise ValueError("the gates are not finite, so they choose nothing")
     kept, confidence, start = [], [], 0
     for g, (_, m) in enumerate(gates.groups):
-        candidate = gates.get_buffer(f"candidates_{g}")[gates[g][0].argmax()]
+        logits = gates.logits(g)[0]
+        candidate = gates.get_buffer(f"candidates_{g}")[logits.argmax()]
         kept += [start + i for i, keep in enumerate(candidate.tolist()) if keep]
-        confidence.append((gates[g][0] * gates.scaling).softmax(-1).max().item())
+        confidence.append((logits * gates.scaling).softmax(-1).max().item())
         start += m
     return Decision(kept, confidence)
 
@@ -151,7 +164,7 @@ def likeliest(model, count):
     gates = getattr(model, "gumbel_gates", model)
     found, start = [(0.0, [])], 0
     for g, (_, m) in enumerate(gates.groups):
-        values, order = (gates[g][0].double() * gates.scaling).log_softmax(-1).sort(descending=True, stable=True)
+        values, order = (gates.logits(g)[0].double() * gates.scaling).log_softmax(-1).sort(descending=True, stable=True)
         rows = gates.get_buffer(f"candidates_{g}")[order[:count]].tolist()
         layers = [[start + i for i, keep in enumerate(row) if keep] for row in rows]
         longer = [

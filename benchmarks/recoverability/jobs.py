@@ -184,6 +184,10 @@ ABLATIONS = {  # of learning, on the first teacher and under the first pattern a
     "learned from pairs, LoRA": replace(PAIRS, update="lora"),
     "learned from pairs, frozen weights": replace(PAIRS, update="none"),
 }
+BY_LAYERS = {  # where a group has more than two candidates
+    "learned by layers": replace(PAIRS, candidates="layers"),
+    "learned by layers, 4 tried": replace(PAIRS, candidates="layers", finalists=4),
+}
 LARGER_GROUPS = {  # of learning, where a group has more ways to keep layers than two
     "learned from pairs, gates at 1e-3": replace(PAIRS, gate_lr=1e-3),
     "learned from pairs, twice as long": replace(PAIRS, length=2.0),
@@ -215,7 +219,7 @@ def list_truths(settings):
     """The jobs that tell how good the choices under every pattern become; under the first with a second seed."""
     first, *others = settings.patterns
     jobs = [truth_job(kept, draw=True) for kept in choices_to_recover(first, settings.depth, settings.sampled)]
-    jobs += [{**job, "seed": 1, "draw": False} for job in jobs if settings.teacher == 0]
+    jobs += [{**job, "seed": 1, "draw": False} for job in jobs if settings.has_extras]
     for pattern in others:
         jobs += [truth_job(kept) for kept in choices_to_recover(pattern, settings.depth, settings.sampled)]
     return jobs
@@ -225,13 +229,13 @@ def list_choices(settings, seeds):
     """The jobs that ask every method for its choice under every pattern; with fewer seeds where that takes longer."""
     first, jobs = settings.patterns[0], []
     for pattern in settings.patterns:
-        learned = {**LEARNED, **(SAME_BUT_GRADIENT if pattern == first else {})}
+        learned = {**LEARNED, **(SAME_BUT_GRADIENT if pattern == first else BY_LAYERS)}
         drawn = range(seeds if pattern == first else min(seeds, 3))
         jobs += [learn_job(pattern, name, learned[name], seed) for name in learned for seed in drawn]
         for kind, names in (("criterion", CRITERIA), ("search", SEARCHED)):
             jobs += [choice_job(kind, pattern, name, seed) for name in names for seed in drawn]
         jobs.append(choice_job("criterion", pattern, "BK-SDM", 0))
-    if settings.teacher == 0:
+    if settings.has_extras:
         tried = [(first, ABLATIONS), *((pattern, LARGER_GROUPS) for pattern in settings.patterns[1:])]
         jobs += [
             learn_job(pattern, name, options, seed)
@@ -248,12 +252,13 @@ def choice_job(kind, pattern, method, seed):
 
 
 def learn_job(pattern, method, options, seed):
-    """The same of gates; the options are part of what a row is about."""
-    return {**choice_job("learned", pattern, method, seed), "options": asdict(options)}
+    """The same of gates; the options are part of what a row is about, but for one that earlier rows did not have."""
+    told = {name: value for name, value in asdict(options).items() if (name, value) != ("candidates", "all")}
+    return {**choice_job("learned", pattern, method, seed), "options": told}
 
 
 def list_recoveries(settings, rows, seeds):
-    """Jobs that recover the first seed's choice by every recipe, and other depths; on the first teacher alone."""
+    """Jobs that recover the first seed's choice by every recipe, on the first teacher, and other depths."""
     if settings.teacher:
         return []
     pattern = settings.patterns[0]
@@ -264,6 +269,8 @@ def list_recoveries(settings, rows, seeds):
         for recipe in recovery.RECIPES
         for seed in range(seeds)
     ]
+    if not settings.has_extras:
+        return jobs
     jobs += [{"kind": "depth", "pattern": pattern, "seed": seed} for pattern in DEPTHS for seed in range(2)]
     return jobs + [
         {"kind": "quarter", "method": method, "seed": seed}

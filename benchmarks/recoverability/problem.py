@@ -39,6 +39,11 @@ class Problem:
         return sum(stack_layers(self.model))
 
     @property
+    def has_extras(self):
+        """Whether ablations, other depths and a second seed of the truth are asked for: once, where it takes least."""
+        return self.teacher == 0 and self.data != "mnist"
+
+    @property
     def title(self):
         """What its files are called."""
         return f"{Path(self.data).name}-{self.teacher}{'-quick' if self.is_quick else ''}"
@@ -112,16 +117,15 @@ def read_latents(folder):
     return dataset.__getitems__(2 * np.arange(len(dataset)))
 
 
-def make_network(problem, pictures, state=None, groups=None):
+def make_network(problem, pictures, state=None, groups=None, candidates="all"):
     """A network of the teacher's size for these pictures, or of as many layers as a state dict has."""
     from pruning.surgery import stack_depths
 
     _, channels, size, _ = pictures.x.shape
     depths = problem.family.with_stacks(list(stack_depths(state).values())) if state else {}
     classes = int(pictures.y.max()) + 1
-    net = create_model(
-        problem.model, input_size=size, in_channels=channels, num_classes=classes, groups=groups, **depths
-    )
+    config = {"input_size": size, "in_channels": channels, "num_classes": classes, **depths}
+    net = create_model(problem.model, **config, groups=groups, candidates=candidates)
     if state:
         net.load_state_dict(state, strict=groups is None)
     return net

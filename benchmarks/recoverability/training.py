@@ -85,6 +85,7 @@ class Learning:
     tau_range: tuple = (4.0, 0.1)
     length: float = 1.0
     finalists: int = 1
+    candidates: str = "all"  # as --candidates
 
 
 def gate_step(net, teacher, objective, options):
@@ -101,7 +102,7 @@ def learn_layers(problem, pictures, state, pattern, seed, options):
     """
     seed_everything(1000 + seed)
     depth = sum(stack_depths(state).values())
-    net = make_network(problem, pictures, state, groups=parse_pattern(pattern, depth))
+    net = make_network(problem, pictures, state, groups=parse_pattern(pattern, depth), candidates=options.candidates)
     gates = net.gumbel_gates
     weights = weight_update(net, options.update != "none", 8 if options.update == "lora" else None)
     teacher = make_network(problem, pictures, state) if options.share else None

@@ -48,7 +48,7 @@ SIZES = [((7, 14), 8), ((14, 28), 15), ((2, 4), 3), ((1, 2), 2), ((3, 4), 4), ((
 def test_contiguous_candidates(group, candidates):
     """What is left are the ways to drop M - N layers in a row, each once."""
     n, m = group
-    gates = LayerGates([group, [1, 2]], m + 2, contiguous=True)
+    gates = LayerGates([group, [1, 2]], m + 2, candidates="contiguous")
     table = gates.get_buffer("candidates_0")
     expected = {tuple(range(start, start + m - n)) for start in range(n + 1)} if n < m else {()}
     assert {tuple((row == 0).nonzero().flatten().tolist()) for row in table} == expected
@@ -159,3 +159,32 @@ def test_training_mode_draws_per_sample(small_net, batch):
 def test_groups_must_cover_the_depth(small_net, groups):
     with pytest.raises(ValueError, match=r"but there are 6|covers 0 layers"):
         small_net(6, groups)
+
+
+def test_scores_of_layers():
+    """The logit of a candidate is the sum of the scores of its layers; draws and decision follow it."""
+    groups = [[2, 4], [1, 2]]
+    torch.manual_seed(0)
+    scored, plain = LayerGates(groups, 6, "layers"), LayerGates(groups, 6)
+    assert [tuple(p.shape) for p in scored] == [(1, 4), (1, 2)]
+    with torch.no_grad():
+        for g in range(2):
+            scored[g].copy_(torch.randn(scored[g].shape))
+            table = scored.get_buffer(f"candidates_{g}")
+            plain[g].copy_((table * scored[g]).sum(1))
+    assert decide(scored).kept == decide(plain).kept
+    assert decide(scored).confidence == pytest.approx(decide(plain).confidence, rel=1e-5)
+    assert likeliest(scored, 5) == likeliest(plain, 5)
+    for gates in (scored, plain):
+        gates.tau, gates.scaling = 2.0, 1.0
+    noise = plain.draw_gumbel(50)
+    masks = [gates.draw(50, noise) for gates in (scored, plain)]
+    torch.testing.assert_close(*masks)
+    weights = torch.randn(6)
+    for gates, mask in zip((scored, plain), masks, strict=True):
+        (mask @ weights).sum().backward()
+    for g in range(2):  # the chain rule, through the sum
+        table = scored.get_buffer(f"candidates_{g}")
+        torch.testing.assert_close(scored[g].grad, plain[g].grad @ table, rtol=1e-4, atol=1e-4)
+    drawn, _ = scored.choose(8)
+    assert torch.equal(drawn.sum(1), torch.full((8,), 3.0))
