@@ -29,11 +29,16 @@ def whole_patterns(settings, rows):
     return {name: choices for name, choices in drawn.items() if all(tuple(kept) in truth for kept in choices)}
 
 
+def summarize_patterns(rows, whole):
+    """What was found of every method under the patterns in `whole`; rows of others wait for their choices."""
+    return summary.summarize([row for row in rows if row.get("pattern") in (None, *whole)], whole)
+
+
 def summarize_all(problems):
     """Means over the problems of regret and rank, per pattern and method that all of them have: {pattern: rows}."""
     found = {}
     for settings, rows in problems:
-        for row in summary.summarize(rows, whole_patterns(settings, rows)):
+        for row in summarize_patterns(rows, whole_patterns(settings, rows)):
             found.setdefault((row["pattern"], row["method"]), []).append(row)
     tables = {}
     for (pattern, method), those in found.items():
@@ -71,8 +76,7 @@ def describe(settings, rows):
         f"samples read as asked. All jobs took {hours:.1f} hours of one process."
     )
     lines += ["", *(f"- {describe_truth(pattern, rows, choices)}" for pattern, choices in whole.items()), ""]
-    shown = [row for row in rows if row.get("pattern", next(iter(whole), "")) in whole]
-    lines += [summary.format_table(summary.summarize(shown, whole)), ""]
+    lines += [summary.format_table(summarize_patterns(rows, whole)), ""]
     recoveries = summary.summarize_recoveries(rows)
     if recoveries:
         lines += [summary.format_recoveries(recoveries), "", *describe_masking(rows), ""]
