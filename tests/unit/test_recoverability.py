@@ -210,13 +210,17 @@ def test_page_says_what_the_rows_say(root):
         page.strip()
         == "\n".join([report.describe_all(problems), *(report.describe(*each) for each in problems)]).strip()
     )
+    seen = []
     for settings, rows in problems:
         losses = {tuple(row["kept"]): row["loss"] for row in rows if row["kind"] == "truth" and row["seed"] == 0}
-        drawn = [tuple(kept) for kept in jobs.choices_to_recover("1:2", settings.depth, settings.sampled)]
-        found = {row["method"]: row for row in summary.summarize(rows, {"1:2": drawn}) if row["pattern"] == "1:2"}
-        for method in (jobs.BEST, "sensitivity", "BK-SDM"):
-            taken = [losses[tuple(row["chosen"])] for row in rows if row.get("method") == method and "chosen" in row]
-            ranks = [sorted([losses[kept] for kept in drawn]).index(loss) + 1 for loss in taken]
-            assert found[method]["rank"] == pytest.approx(sum(ranks) / len(ranks))
-            best = min(losses[kept] for kept in drawn)
-            assert found[method]["regret"] == pytest.approx(sum(taken) / len(taken) - best)
+        whole = report.whole_patterns(settings, rows)
+        for row in report.summarize_patterns(rows, whole):
+            asked = [r for r in rows if r.get("pattern") == row["pattern"] and "chosen" in r]
+            taken = [losses[tuple(r["chosen"])] for r in asked if r["method"] == row["method"]]
+            best = min(losses[tuple(kept)] for kept in (*whole[row["pattern"]], *(r["chosen"] for r in asked)))
+            assert row["regret"] == pytest.approx(sum(taken) / len(taken) - best)
+            drawn = [losses[tuple(kept)] for kept in whole[row["pattern"]]]
+            ranks = [sum(loss < own for loss in drawn) + 1 for own in taken]
+            assert row["rank"] == pytest.approx(sum(ranks) / len(ranks))
+            seen.append(row["method"])
+    assert {jobs.BEST, "sensitivity", "BK-SDM"} <= set(seen)
