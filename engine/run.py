@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
-from engine import distributed, sharding
+from engine import distributed
 from pruning.gates import block_stacks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +70,9 @@ class Run:
             torch.set_num_threads(1)
         self.rank, self.world, self.is_main = distributed.rank(), distributed.world_size(), distributed.is_main()
         if sharded:
-            sharding.check_sharding(self.device)
+            from engine.sharding import check_sharding  # slow to import, and of no use where nothing is trained
+
+            check_sharding(self.device)
         self.sharded, self.home = sharded, torch.device("cpu") if sharded else self.device
         # What the original computes in needs a GPU to be worth it: without one the default is fp32.
         self.precision = precision or (default_precision if self.on_gpu else "fp32")
