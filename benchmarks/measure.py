@@ -134,16 +134,14 @@ def make_matmul(dtype, device, shape=MATMUL):
     return (lambda: a @ b), 2 * math.prod(shape)
 
 
-def measure_case(case, setup):
-    """{side: its numbers} but memory, and what `compare` found."""
-    sides = {name: build(setup) for name, build in case.sides.items()}
+def compare_times(sides, setup, repeats, shape=MATMUL):
+    """{side: its numbers} but memory, and {side: what its last call returned}; shape: of the product for efficiency."""
     dtypes = {side.dtype for side in sides.values() if side.flops}
-    products = {dtype: make_matmul(dtype, setup.device, (64, 64, 64) if setup.tiny else MATMUL) for dtype in dtypes}
+    products = {dtype: make_matmul(dtype, setup.device, (64, 64, 64) if setup.tiny else shape) for dtype in dtypes}
     results = {}
     functions = {name: lambda name=name: results.update({name: sides[name].run()}) for name in sides}
     functions |= {dtype: function for dtype, (function, _) in products.items()}
-    repeats, least_seconds = min(setup.repeats, case.most_rounds), 0 if setup.tiny else LEAST_SECONDS
-    seconds = time_sides(functions, setup.device, repeats, least_seconds)
+    seconds = time_sides(functions, setup.device, repeats, 0 if setup.tiny else LEAST_SECONDS)
     baseline, rows = seconds[next(iter(sides))], {}
     for name, side in sides.items():
         ratios = [theirs / own for theirs, own in zip(baseline, seconds[name], strict=True)]
@@ -156,6 +154,13 @@ def measure_case(case, setup):
             row["efficiency"] = median(side.flops / own * theirs / product for own, theirs in rounds)
             row |= {"tflops": side.flops / row["seconds"] / 1e12, "flops": side.flops}
             row["matmul_tflops"] = product / median(seconds[side.dtype]) / 1e12
+    return rows, {name: results[name] for name in sides}
+
+
+def measure_case(case, setup):
+    """{side: its numbers} but memory, and what `compare` found."""
+    sides = {name: build(setup) for name, build in case.sides.items()}
+    rows, results = compare_times(sides, setup, min(setup.repeats, case.most_rounds))
     return rows, case.compare(results) if case.compare else {}
 
 

@@ -18,12 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.cases import CASES
-from benchmarks.gpu.report import RESULTS, write_page
-from benchmarks.measure import Setup, find_device, make_matmul, time_sides
+from benchmarks.gpu.report import RESULTS, format_case, write_page
+from benchmarks.measure import Setup, compare_times, find_device
 from benchmarks.report import describe_machine
 from engine.cli import grow_in_segments
 
 ROUNDS = 5
+PRODUCT = (8192, 8192, 8192)  # for the share of the matrix product's rate
 CLAIMS = {  # what the tests of the processor claim, on the GPU
     "bf16 and fp16 within bounds": ["tests/unit/test_precision.py"],
     "parity with the recorded numbers, float32 without TF32, and float64": [
@@ -81,32 +82,13 @@ def measure(case, setup):
         made[name].run()
         if gpu:
             rows[name]["gb"] = gpu.max_memory_allocated() / 1e9 - before
-    plain = next(iter(made.values()))
-    flops = count_flops(plain)
-    product, product_flops = make_matmul(plain.dtype, setup.device, (64, 64, 64) if setup.tiny else (8192, 8192, 8192))
-    functions = {name: side.run for name, side in made.items()} | {None: product}
-    seconds = time_sides(functions, setup.device, setup.repeats, 0 if setup.tiny else 0.3)
-    middle = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
-    for name, side in made.items():
-        ratios = sorted(a / b for a, b in zip(seconds[next(iter(made))], seconds[name], strict=True))
-        rows[name] |= {
-            "seconds": middle[name],
-            "rate": side.items / middle[name],
-            "speedup": ratios[len(ratios) // 2],
-            "least": ratios[0],
-            "most": ratios[-1],
-            "share_of_matmul": flops / middle[name] / (product_flops / middle[None]),
-        }
-    print(f"-- {case.name}: {flops / 1e12:.3g} TFLOP, matmul {product_flops / middle[None] / 1e12:.0f} TFLOP/s")
-    for name, row in rows.items():
-        print(
-            f"   {name:18} {row['seconds'] * 1e3:9.1f} ms {row['rate']:9.1f}/s {row['speedup']:6.2f}x "
-            f"({row['least']:.2f} to {row['most']:.2f})  {row['share_of_matmul']:.2f} of matmul "
-            f"{row.get('gb', 0):6.2f} GB, first {row['first_call']:.1f} s",
-            flush=True,
-        )
-    slowest = profile_side(made[next(reversed(made))], setup)
-    return {"case": case.name, "tflop": flops / 1e12, "sides": rows, "profile": slowest}
+    flops = count_flops(next(iter(made.values())))
+    for side in made.values():
+        side.flops = flops  # of all forms of the work, whatever they do for it
+    for name, row in compare_times(made, setup, setup.repeats, PRODUCT)[0].items():
+        rows[name] |= row
+    profiled = profile_side(made[next(reversed(made))], setup)
+    return {"case": case.name, "tflop": flops / 1e12, "sides": rows, "profile": profiled}
 
 
 def memory(setup):
@@ -160,6 +142,7 @@ def main():
     for case in [] if args.part == "tests" else cases:
         try:
             result["cases"].append(measure(case, setup))
+            print("\n".join(format_case(result["cases"][-1])), flush=True)
         except torch.OutOfMemoryError as error:
             print(f"-- {case.name}: {str(error).splitlines()[0]}", flush=True)
         torch._dynamo.reset()

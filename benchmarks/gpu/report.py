@@ -24,7 +24,7 @@ def format_case(case):
         speedup = f"{row['speedup']:.2f}x ({row['least']:.2f} to {row['most']:.2f})" if place else "1"
         cells = [case["case"] if not place else "", name, f"{row['rate']:.1f}", speedup]
         gb = "-" if row.get("gb") is None else f"{row['gb']:.1f}"
-        cells += [f"{row['share_of_matmul']:.2f}", gb, f"{row['first_call']:.0f} s"]
+        cells += [f"{row['efficiency']:.2f}", gb, f"{row['first_call']:.0f} s"]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -101,5 +101,5 @@ def test_gpu_command_without_a_gpu(root, tmp_path):
     measured = json.loads(target.read_text())["cases"]
     assert [case["case"] for case in measured] == [case.name for case in CASES]
     for case in measured:
-        assert all(row["rate"] > 0 and row["share_of_matmul"] > 0 for row in case["sides"].values())
+        assert all(row["rate"] > 0 and row["efficiency"] > 0 for row in case["sides"].values())
         assert case["profile"]
