@@ -3,9 +3,9 @@
 `plain` computes what ours computes in the way that published code for this method does, written anew and with the same
 weights and draws. In it, all layers run for all samples and a mask blends them; modulation and residuals are products
 and sums of their own; weights stay in float32, which autocast casts at every call; the student's and the teacher's
-hidden states are kept, and compared by plain expressions; AdamW has torch's defaults; the average is over all
-parameters, one by one; a guided batch is sampled in both halves. Optimizer, losses on latents, attention and precision
-are the same on both sides, and what costs little (loss scaling, logs, data) is on neither.
+hidden states are kept, and compared by plain expressions; attention is torch's fused one; AdamW has torch's defaults;
+the average is over all parameters, one by one; a guided batch is sampled in both halves. Optimizer, losses on latents
+and precision are the same on both sides, and what costs little (loss scaling, logs, data) is on neither.
 
 Three float32 steps of a shallower network have the same losses, and gradients of the same norm, on both sides.
 """

@@ -120,6 +120,16 @@ def checkpoint_blocks(net):
         stack.checkpointing = True
 
 
+def unfuse_attention(net):
+    """Compute attention by plain matrix products.
+
+    On a CPU in bf16, forward and backward take half the time of torch's fused attention, whose backward is slow there.
+    """
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):  # a switch of timm's
+            module.fused_attn = False
+
+
 def compile_blocks(net, backend="inductor"):
     """Compile a network block by block; names and weights stay as they are.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.distributed import all_reduce, broadcast, gather, on_main, shared_error
 from engine.errors import InputError, RunError
 from engine.optim import Ema
-from engine.run import checkpoint_blocks, compile_blocks, peak_memory, seed_everything
+from engine.run import checkpoint_blocks, compile_blocks, peak_memory, seed_everything, unfuse_attention
 from engine.sharding import clip_gradients, hand_over, put_together, shard_training, take_parts
 from engine.signals import StopRequest, stopped
 
@@ -48,6 +48,8 @@ class Trainer:
         self.wrapped, self.replicas, self.steps, self.grad_norm = step, [], 0, 0.0
         if options.grad_checkpointing:
             checkpoint_blocks(self.net)
+        if run.precision == "bf16" and not run.on_gpu:
+            unfuse_attention(self.net)
         if run.compiles(options.compile):
             compile_blocks(self.net)
         if run.sharded:

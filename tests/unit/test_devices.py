@@ -7,11 +7,14 @@ import torch
 
 import engine.run
 import prune_by_learning
+from diffusion.objectives import TrainStep
 from engine.cli import launch
 from engine.distributed import choose_device
 from engine.errors import InputError
 from engine.run import Run
 from engine.settings import Settings
+from engine.trainer import Trainer, TrainingOptions
+from families import create_model
 
 
 @pytest.fixture
@@ -72,6 +75,19 @@ def test_compiled_by_default_on_a_gpu(monkeypatch, asked, compiler, expected):
     assert run.compiles(asked) == expected
     run.sharded = True
     assert run.compiles(asked) is bool(asked)
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_gpu", "is_fused"), [("bf16", False, False), ("fp32", False, True), ("bf16", True, True)]
+)
+def test_attention_of_training(monkeypatch, precision, on_gpu, is_fused):
+    """On a processor in half precision by plain products, else by torch's fused form."""
+    net = create_model("DiT-T/2", input_size=4, num_classes=5)
+    step = TrainStep(net, objective=None)
+    run = Run("cpu", precision)
+    monkeypatch.setattr(Run, "on_gpu", on_gpu)
+    Trainer(run, step, [{"params": list(net.parameters()), "lr": 0.0}], net, TrainingOptions(compile=False))
+    assert {block.attn.fused_attn for block in net.blocks} == {is_fused}
 
 
 USUAL = {"dense": None, "global_batch_size": 128, "grad_accumulation": 1, "gate_gradient": "straight-through"}

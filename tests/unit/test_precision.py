@@ -4,15 +4,16 @@ import pytest
 import torch
 from machine import DEVICE
 
-from engine.run import cast_frozen_weights
+from engine.run import cast_frozen_weights, unfuse_attention
 from families import create_model, family_of
 
 BOUNDS = {"bf16": (torch.bfloat16, 2e-2), "fp16": (torch.float16, 4e-3)}  # relative, of the norms
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("name", ["DiT-T/2", "SiT-T/2", "MAR-T"])
-def test_losses_and_gradients(name, precision):
+def test_losses_and_gradients(name, precision, is_fused):
     """The output of a training step's network, and the gradient of its loss, against those in float32."""
     dtype, bound = BOUNDS[precision]
     torch.manual_seed(0)
@@ -33,6 +34,8 @@ def test_losses_and_gradients(name, precision):
         return prediction.detach().float(), torch.cat(gradients)
 
     expected = compute()
+    if not is_fused:
+        unfuse_attention(net)
     with torch.autocast(DEVICE.type, dtype):
         found = compute()
     for half, full in zip(found, expected, strict=True):
