@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint import GATES, Weights
+from engine.checkpoint import Weights
 from engine.errors import InputError
+from engine.weight_files import GATES
 from families import create_model, model_config
 
 
@@ -57,7 +58,7 @@ class NetworkStart:
         source = self.weights.name if self.weights else None
         known = self.weights.facts if self.weights else {}
         facts = {"model": self.model, "num_classes": space.num_classes, "vae": space.vae, "source": source}
-        return facts | {name: known[name] for name in ("kept", "pattern") if name in known}
+        return facts | {name: known[name] for name in ("kept", "pattern", "profile") if name in known}
 
 
 @dataclass(frozen=True)

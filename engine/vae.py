@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import read_weights
 from engine.errors import InputError, flag_errors, one_line
 from engine.files import download, read_json
 from engine.run import DTYPES
+from engine.weight_files import read_weights
 from families.family import Latents
 
 SLICE_PIXELS = 8 * 256 * 256  # that go through an autoencoder at once: 8 pictures of 256 px, 2 of 512 px

@@ -62,3 +62,13 @@ def describe_shapes(shapes, name=None):
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"not the weights of a {family.name} ({error})") from None
     return {"model": write_name(family, told["hidden_size"], told["depths"], told.pop("patch_size")), **told}
+
+
+def find_exchange(class_name):
+    """The module that turns weights of diffusers' class `class_name` into ours. Raises ValueError if there is none."""
+    exchanges = [family.exchange for family in FAMILIES.values() if family.exchange]
+    for exchange in exchanges:
+        if class_name in exchange.classes:
+            return exchange.load()
+    known = " or ".join(name for exchange in exchanges for name in exchange.classes)
+    raise ValueError(f"holds a {class_name} of diffusers; expected a {known}")

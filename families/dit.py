@@ -1,6 +1,6 @@
 """DiT (arXiv 2212.09748): names and sizes, flags, objective, samplers, latents, releases."""
 
-from families.family import Family, Latents, Release
+from families.family import Exchange, Family, Latents, Release
 from families.flags import FAMILY, Flag, count, expect, share, switch
 
 SIZES = {
@@ -10,6 +10,7 @@ SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "T": {"depth": 12, "hidden_size": 96, "num_heads": 4},  # tiny: for tests and the digits walkthrough
 }
+LICENSE = "cc-by-nc-4.0"  # of the published weights, and so of what is made from them
 GATED = {  # name after the family's -> size, depth, groups
     "XL-1-2": ("XL", 28, [[1, 2]] * 14),
     "XL-2-4": ("XL", 28, [[2, 4]] * 7),
@@ -94,11 +95,13 @@ def list_releases():
     for size in (256, 512):
         name = f"DiT-XL-2-{size}x{size}.pt"
         settings = {"model": "DiT-XL/2", "image_size": size, **usual}
-        found[name] = Release(f"https://dl.fbaipublicfiles.com/DiT/models/{name}", settings)
+        origin = {"license": LICENSE, "base_model": f"facebook/DiT-XL-2-{size}"}
+        found[name] = Release(f"https://dl.fbaipublicfiles.com/DiT/models/{name}", settings, **origin)
     for depth in (7, 14, 19):
         name = f"TinyDiT-D{depth}-MaskedKD-500K.pt"
         settings = {"model": f"DiT-D{depth}/2", "image_size": 256, **usual}
-        found[name] = Release(f"https://github.com/VainF/TinyFusion/releases/download/v1.0.0/{name}", settings)
+        url = f"https://github.com/VainF/TinyFusion/releases/download/v1.0.0/{name}"
+        found[name] = Release(url, settings, license=LICENSE, base_model="facebook/DiT-XL-2-256")
     return found
 
 
@@ -150,4 +153,5 @@ DIT = Family(
     patterns={"DiT-D19/2": "3:4x2,2:4,3:4,2:4,3:4x2"},
     releases=list_releases(),
     default_releases={"DiT-XL/2": "DiT-XL-2-{image_size}x{image_size}.pt"},
+    exchange=Exchange("families.dit_diffusers", ("DiTTransformer2DModel", "Transformer2DModel"), "DiTPipeline"),
 )

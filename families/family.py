@@ -4,6 +4,7 @@ Without torch. Networks, objectives and samplers are imported when they are made
 have to offer is in `families/protocols.py`.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,10 +31,29 @@ class Latents:
 
 @dataclass(frozen=True)
 class Release:
-    """A published file of weights: where it is, and the settings that it stands for."""
+    """A published file of weights: where it is, the settings that it stands for, licence and origin for model cards."""
 
     url: str
     settings: dict
+    license: str | None = None  # as the Hub names it
+    base_model: str | None = None  # on the Hub
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How a family's weights are exchanged with diffusers.
+
+    module: has to_diffusers, from_diffusers, ORIGINAL and SCHEDULER, see families.dit_diffusers. classes: names that
+    config.json gives the class of such a network. pipeline: the class that samples from it.
+    """
+
+    module: str
+    classes: tuple
+    pipeline: str
+
+    def load(self):
+        """The module."""
+        return importlib.import_module(self.module)
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,7 @@ class Family:
     patterns: dict = field(default_factory=dict)  # model -> pruning pattern of published weights that record none
     releases: dict = field(default_factory=dict)  # file name -> Release
     default_releases: dict = field(default_factory=dict)  # model -> its release by image size
+    exchange: Exchange | None = None  # None: diffusers has no such network
 
     def own_flags(self, kinds):
         """The Flags of some kinds, each once."""

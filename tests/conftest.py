@@ -19,7 +19,8 @@ import torch
 from machine import DEVICE
 from PIL import Image
 
-from engine.checkpoint import read_weights, save_weights
+from engine.checkpoint import save_weights
+from engine.weight_files import read_weights
 from families import create_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint import read_weights, save_weights
+from engine.checkpoint import save_weights
+from engine.weight_files import read_weights
 from families import create_model, family_of, stack_layers
 
 

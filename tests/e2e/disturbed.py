@@ -1,13 +1,15 @@
 """What tests of disturbed runs share: commands, and what a folder has to hold after an undisturbed run."""
 
 import json
+import re
 
 import torch
 
-from engine.checkpoint import read_file
+from engine.weight_files import read_file
 
 # Rows of the log do not end with a state: their sums are cut by every kill.
 TRAIN = ["--epochs", "2", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "2", "--ckpt-every", "3"]
+OWN_TIME = ("images_per_second", "memory_gb")
 SCRIPTS = ("train", "prune_by_learning", "train_masked_kd")
 
 
@@ -43,9 +45,11 @@ def contents(folder):
             found[name] = flatten(read_file(path, "--ckpt"))
         elif path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+            found[name] = [{key: value for key, value in row.items() if key not in OWN_TIME} for row in rows]
         elif path.name == "config.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "environment"}
+        elif path.name.endswith(".pt.json"):
+            found[name] = re.sub('"latency_ms": .*', "", path.read_text())
         elif path.is_file() and path.name != "log.txt":
             found[name] = path.read_bytes()
         else:

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from engine import vae as autoencoders
-from engine.checkpoint import read_facts, read_weights, save_weights
+from engine.checkpoint import read_facts, save_weights
 from engine.errors import InputError
 from engine.vae import LatentSpace, pictures_at_once
+from engine.weight_files import read_weights
 from families import create_model
 from families.dit import SD_VAE
 from pruning.surgery import keep_layers

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoint import read_facts, read_file, read_weights
+from engine.checkpoint import read_facts
 from engine.errors import InputError
 from engine.sampling import ImageDraws
+from engine.weight_files import read_file, read_weights
 from families import FAMILIES
 from pruning.patterns import candidate_masks, parse_pattern
 from pruning.surgery import average_dropped, keep_layers

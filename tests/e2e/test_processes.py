@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from engine.checkpoint import read_facts, read_file, read_weights
+from engine.checkpoint import read_facts
+from engine.weight_files import read_file, read_weights
 from pruning.surgery import keep_layers
 
 TRAIN = ["--epochs", "1", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "2"]

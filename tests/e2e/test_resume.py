@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from engine.checkpoint import read_facts, read_file
+from engine.checkpoint import read_facts
 from engine.errors import InputError
+from engine.weight_files import read_file
 
 TRAIN = ["--epochs", "2", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "1", "--ckpt-every", "3"]
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from disturbed import TRAIN, contents, training_words
 
-from engine.checkpoint import read_file, save_weights
+from engine.checkpoint import save_weights
 from engine.data import TrainingData
 from engine.errors import InputError, RunError
 from engine.lock import FolderLock
 from engine.run import Run
 from engine.trainer import Meter, Trainer
+from engine.weight_files import read_file
 
 
 def train_words(teacher, latents, results, *more):

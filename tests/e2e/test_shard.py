@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.checkpoint import read_file, read_weights
 from engine.errors import InputError
+from engine.weight_files import read_file, read_weights
 
 TRAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--ckpt-every", 20]
 LEARN = ["--delta-w", "--init", "learned"]

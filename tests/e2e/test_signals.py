@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from engine.checkpoint import read_file
 from engine.cli import run_script as run_as_launched
 from engine.trainer import Trainer
+from engine.weight_files import read_file
 
 TRAIN = ["--epochs", "2", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "2", "--ckpt-every", "100"]
 

@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective, TrainStep
-from engine.checkpoint import read_file
 from engine.data import LatentDataset
 from engine.run import Run
 from engine.trainer import Trainer, TrainingOptions
+from engine.weight_files import read_file
 from models import DiT
 from pruning.gates import decide, interpolate
 from pruning.lora import weight_update

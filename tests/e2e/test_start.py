@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import read_file, save_weights
+from engine.checkpoint import save_weights
 from engine.errors import InputError, RunError
+from engine.weight_files import read_file
 
 TRAIN = ["--global-batch-size", "16", "--num-workers", "0", "--epochs", "1", "--ckpt-every", "3"]
 

@@ -100,7 +100,8 @@ def make_published():
 
 def make_family(family):
     """A teacher, its half, a .safetensors of both, and a run folder of the half with two states."""
-    from engine.checkpoint import read_weights, save_weights
+    from engine.checkpoint import save_weights
+    from engine.weight_files import read_weights
 
     teacher, _ = MODELS[family]
     common = f"--data-path in/latents --global-batch-size 16 --num-workers 0 --results-dir made/{family}"
@@ -145,7 +146,8 @@ def make_autoencoder():
     words = "--model DiT-T-D2/2 --data-path in/encoded --global-batch-size 16 --num-workers 0 --epochs 1"
     call("train", [*words.split(), "--results-dir", "made/encoded"])
     state = next(Path("made/encoded").glob("*/checkpoints/*.pt"))
-    from engine.checkpoint import read_weights, save_weights
+    from engine.checkpoint import save_weights
+    from engine.weight_files import read_weights
 
     weights = {key: value.clone() for key, value in read_weights(state, "--ckpt").items()}
     save_weights("in/encoded.pt", weights, model="DiT-T-D2/2", num_classes=CLASSES, vae="in/vae")

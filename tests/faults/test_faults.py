@@ -20,7 +20,7 @@ FAKE = """
 import os, sys, time
 from pathlib import Path
 from engine.errors import InputError
-from engine.checkpoint import read_file
+from engine.weight_files import read_file
 parse_args = list
 def main(words):
     what = words[0]

@@ -14,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from engine.checkpoint import open_weights, read_state
+from engine.checkpoint import read_state
+from engine.weight_files import open_weights
 
 from .inputs import EDITS, SIZES, changed, edit_bytes
 from .limits import read_or_refuse

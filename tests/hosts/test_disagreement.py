@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import read_weights, save_weights
+from engine.checkpoint import save_weights
+from engine.weight_files import read_weights
 
 SECONDS = 30  # from the start of the second process until both have ended
 TRAIN = ["--epochs", "1", "--global-batch-size", "16", "--num-workers", "0"]

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import engine.checkpoint
-from engine.checkpoint import Weights, expected_shapes, open_weights, read_facts, read_file, read_weights, save_weights
+from engine.checkpoint import Weights, expected_shapes, read_facts, save_weights
 from engine.errors import InputError
 from engine.files import write_atomically
 from engine.run import peak_memory
+from engine.weight_files import open_weights, read_file, read_weights
 from families import DIT, RELEASES, create_model, model_config
 from families.family import Release
 
@@ -197,18 +198,18 @@ def test_gates_do_not_count(tmp_path):
 
 def test_shapes_before_tensors(tmp_path, state, monkeypatch, same_weights):
     """The header of a safetensors file tells the shapes; tensors are read when they are asked for."""
-    read, whole = [], engine.checkpoint.safe_open
+    read, whole = [], engine.weight_files.safe_open
 
     class Recorded:
         def __init__(self, *words):
             self.file = whole(*words)
-            self.keys, self.get_slice = self.file.keys, self.file.get_slice
+            self.keys, self.get_slice, self.metadata = self.file.keys, self.file.get_slice, self.file.metadata
 
         def get_tensor(self, key):
             read.append(key)
             return self.file.get_tensor(key)
 
-    monkeypatch.setattr(engine.checkpoint, "safe_open", Recorded)
+    monkeypatch.setattr(engine.weight_files, "safe_open", Recorded)
     save_weights(tmp_path / "w.safetensors", state)
     weights = Weights(tmp_path / "w.safetensors", "--ckpt")
     assert weights.file.shapes == {"blocks.0.w": (300,), "b": (3,)}

@@ -1,0 +1,110 @@
+"""A folder of diffusers, read as weights of ours or written from them: of a transformer, or a pipeline with one."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from engine.errors import InputError, flag_errors
+from engine.files import digest_file, load_json, plain, write_atomically, write_json
+from engine.hub import WEIGHT_FILES, list_shards
+from engine.weight_files import FACTS, Opened, open_weights
+from families import find_exchange
+
+
+def open_folder(path, flag):
+    """The weights of the transformer in a folder, as one of ours; see engine.weight_files.Opened.
+
+    Raises InputError for a folder without one, and for one that is no network of ours.
+    """
+    with flag_errors(flag, path):
+        folder = find_transformer(path)
+        config = load_json(folder / "config.json")
+        exchange = find_exchange(config.get("_class_name"))
+    files = [open_weights(file, flag) for file in list_files(folder, flag)]
+    original = open_weights(folder / exchange.ORIGINAL, flag) if (folder / exchange.ORIGINAL).is_file() else None
+
+    def convert(get):
+        with flag_errors(flag, path):
+            theirs = {key: value for file in files for key, value in get(file).items()}
+            return exchange.from_diffusers(theirs, config, get(original) if original else None)
+
+    ours = convert(lambda file: {key: torch.empty(shape, device="meta") for key, shape in file.shapes.items()})
+    shapes = {key: tuple(value.shape) for key, value in ours.items()}
+    facts = dict(files[0].facts or {})
+    if (folder.parent / "vae" / "config.json").is_file():
+        facts["vae"] = str(folder.parent / "vae")
+    return Opened(shapes, lambda: convert(lambda file: file.read()), {}, averaged=False, facts=facts)
+
+
+def find_transformer(path):
+    """The folder of a transformer: `transformer` in that of a pipeline, or this one. Raises ValueError for another."""
+    for folder in (Path(path) / "transformer", Path(path)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError("no config.json in it or in its folder transformer; expected a file, or a folder of diffusers")
+
+
+def list_files(folder, flag="--ckpt"):
+    """The files with the weights in the folder of a transformer. Raises InputError if there are none."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            with flag_errors(flag, folder):
+                names = list_shards(folder / name) if name.endswith(".index.json") else [name]
+            return [folder / each for each in names]
+    raise InputError(f"{flag} {folder}: no weights in it; expected {WEIGHT_FILES[0]}")
+
+
+def digest_folder(path):
+    """A short digest of the weights and the config.json in a folder."""
+    folder = find_transformer(path)
+    digests = [digest_file(file) for file in (folder / "config.json", *list_files(folder))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def write_transformer(folder, exchange, exported, facts):
+    """Write the folder of a transformer; returns lines of Python that open it.
+
+    exported: what the `to_diffusers` of an exchange gives. facts: about the weights, which the file will hold.
+    """
+    state, config, original = exported
+    metadata = {"format": "pt", FACTS: json.dumps(plain(facts))}
+    write_json(folder / "config.json", {**config, "_diffusers_version": version("diffusers")})
+    write_atomically(folder / exchange.load().ORIGINAL, lambda temporary: save_file(original, temporary))
+    write_atomically(folder / WEIGHT_FILES[0], lambda temporary: save_file(state, temporary, metadata))
+    return [
+        f"from diffusers import {config['_class_name']}",
+        f'net = {config["_class_name"]}.from_pretrained("FOLDER")',
+    ]
+
+
+def write_pipeline(folder, exchange, exported, facts, space):
+    """Write the folder of a pipeline: transformer, noise schedule, autoencoder of an engine.vae.LatentSpace, labels."""
+    scheduler = exchange.load().SCHEDULER
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    space.load_codec("cpu").vae.save_pretrained(folder / "vae")
+    write_transformer(folder / "transformer", exchange, exported, facts)
+    index = {
+        "_class_name": exchange.pipeline,
+        "_diffusers_version": version("diffusers"),
+        "id2label": dict(enumerate(list_labels())),
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "transformer": ["diffusers", exported[1]["_class_name"]],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+    return [
+        f"from diffusers import {exchange.pipeline}",
+        f'pipeline = {exchange.pipeline}.from_pretrained("FOLDER")',
+        "pictures = pipeline(class_labels=[207, 360]).images",
+    ]
+
+
+def list_labels():
+    """ImageNet's 1,000 labels in the order of its classes."""
+    from torchvision.models import ResNet18_Weights
+
+    return ResNet18_Weights.DEFAULT.meta["categories"]
