@@ -25,6 +25,7 @@ parse_args = COMMAND.resolve
 
 def main(settings):
     from engine.distributed import shared_error
+    from engine.endings import say_next
     from engine.extraction import Extraction
     from engine.images import list_images
     from engine.run import Run
@@ -51,6 +52,7 @@ def main(settings):
         raise shared_error(
             RunError(f"{len(corrupt)} corrupt image(s), left out: {names}{' ...' * (len(corrupt) > 10)}")
         )
+    say_next(run, "train", model=settings.model, data_path=settings.features_path)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def choose_layers(kept_indices, pattern, depth):
 
 def main(settings):
     from engine.distributed import on_main
+    from engine.endings import say_recovery
+    from engine.profile import Profiler
     from engine.pruned import save_preview, save_pruned
     from engine.run import Run
     from engine.sampling import SamplingPlan
@@ -88,9 +90,15 @@ def main(settings):
     if settings.dry_run:
         return
     facts |= {"source": weights.path, "init": settings.init}
-    name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))
+
+    def save():
+        profiler = Profiler(run, settings.model, weights.state) if settings.profile else None
+        return save_pruned(run, settings.save_model, pruned, settings.model, space, profiler, **facts)
+
+    name = on_main(save)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
+    say_recovery(run, settings.save_model, weights.name, settings.model, "FEATURES")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.cli import Command, launch
 from engine.errors import InputError, check_writable, flag_errors
-from engine.flags import TRAINING_FLAGS, shared
+from engine.flags import PREVIEW, TRAINING_FLAGS, shared
 from engine.settings import TYPED
 from families import depth_name, model_config, stack_layers
 from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
@@ -73,8 +73,10 @@ COMMAND = Command(
         Flag("lr", "learning rate of the weight update", 1e-4, type=amount, group=TRAINING),
         Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
     ),
-    shared=shared(TRAINING_FLAGS, data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999),
-    kinds=("train",),
+    shared=shared(
+        f"{TRAINING_FLAGS} profile", data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999, **PREVIEW
+    ),
+    kinds=("train", "sample"),
     weights=(("load_weight", "model"),),
     latents=True,
     precision="bf16",
@@ -191,11 +193,13 @@ def build_teacher(start, run, compiled):
 
 def main(settings):
     from engine.distributed import on_main
+    from engine.endings import say_recovery
     from engine.networks import StateSketch
+    from engine.profile import Profiler
     from engine.pruned import save_pruned
-    from engine.start import make_run, open_data, start_training
+    from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
-    from pruning.gates import GateSchedule, decide, likeliest, set_routing
+    from pruning.gates import GateSchedule, decide, keep_probabilities, likeliest, set_routing
     from pruning.lora import learned_weights
     from pruning.patterns import format_pattern
     from pruning.surgery import cut_layers
@@ -203,6 +207,7 @@ def main(settings):
     groups = choose_groups(settings.model, settings.pattern, settings.candidates)
     run, save_model = make_run(settings, COMMAND), choose_file(settings)
     space, data = open_data(settings)
+    watch = make_watch(settings, run, data, space)
     networks, original = plan_networks(settings, groups, data, space), settings.weights["load_weight"]
     start = networks["network"]
     sketch = start.build_without_memory()
@@ -229,9 +234,14 @@ def main(settings):
         kept, confidence = decide(averaged)
         lines = [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"]
         state = {"tau": gates.tau, "scaling": gates.scaling} if k else {}
-        return lines, {"kept": kept, "confidence": confidence, **state}
+        return lines, {
+            "kept": kept,
+            "confidence": confidence,
+            "keep_probability": keep_probabilities(averaged),
+            **state,
+        }
 
-    trainer.fit(data, folder, lambda k: schedule.apply(k, gates, averaged), report)
+    trainer.fit(data, folder, lambda k: schedule.apply(k, gates, averaged), report, watch)
     schedule.apply(data.total_steps - 1, gates, averaged)  # for the scaling, in case a finished run was only reopened
     kept, confidence = decide(averaged)
     folder.log(f"[!] Final Decision: {kept}")
@@ -241,13 +251,16 @@ def main(settings):
 
     def save_choices():
         weights = learned_weights(net, original.state, trained) if settings.init == "learned" else original.state
+        profiler = Profiler(run, settings.model, weights) if settings.profile else None
         choices = likeliest(averaged, settings.finalists)
         for place, (path, layers) in enumerate(zip(choice_paths(save_model, len(choices)), choices, strict=True), 1):
             told = {"confidence": confidence} if place == 1 else {"place": place}
             pruned = cut_layers(weights, layers, settings.init)
-            save_pruned(run, path, pruned, settings.model, space, **facts, kept=layers, **told)
+            save_pruned(run, path, pruned, settings.model, space, profiler, **facts, kept=layers, **told)
 
     on_main(save_choices, patient=True)
+    whole = depth_name(settings.model, stack_layers(settings.model))
+    say_recovery(run, save_model, original.name, whole, settings.data_path)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,8 @@ def main(settings):
 
     from engine.calibration import Calibration
     from engine.distributed import on_main
+    from engine.endings import say_recovery
+    from engine.profile import Profiler
     from engine.pruned import save_preview, save_pruned
     from engine.run import Run
     from engine.sampling import SamplingPlan
@@ -183,9 +185,15 @@ def main(settings):
     facts = {"source": weights.path, "kept": kept, "init": settings.init, **pattern, **facts}
     with flag_errors("--n-pruned", settings.n_pruned):
         pruned = cut_layers(weights.state, kept, settings.init)
-    name = on_main(lambda: save_pruned(run, settings.save_model, pruned, settings.model, space, **facts))
+
+    def save():
+        profiler = Profiler(run, settings.model, weights.state) if settings.profile else None
+        return save_pruned(run, settings.save_model, pruned, settings.model, space, profiler, **facts)
+
+    name = on_main(save)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
+    say_recovery(run, settings.save_model, weights.name, settings.model, settings.data_path)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def name_output(path, settings):
 
 
 def main(settings):
+    from engine.endings import say_next
     from engine.run import Run
     from engine.sampling import SamplingPlan, preview_labels
     from engine.start import note_early_average, print_start
@@ -54,6 +55,7 @@ def main(settings):
     note_early_average(run, weights)
     plan.load(run).save_grid(output, labels, settings.seed)
     run.print(f"wrote {output}")
+    say_next(run, "sample_ddp", model=settings.model, ckpt=weights.name)
 
 
 if __name__ == "__main__":

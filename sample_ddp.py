@@ -125,6 +125,7 @@ def pack_folder(folder):
 
 def main(settings):
     from engine.distributed import barrier, gather, on_main
+    from engine.endings import say_next
     from engine.lock import check_shared
     from engine.run import Run
     from engine.sample_folder import SampleFolder
@@ -175,6 +176,8 @@ def main(settings):
         folder.close()
     if reference:
         run_evaluator(run, reference, settings.evaluate, packed, settings.inception)
+    else:
+        say_next(run, "evaluator", "REFERENCE.npz", packed)
 
 
 if __name__ == "__main__":

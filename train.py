@@ -6,13 +6,13 @@ Example:
 """
 
 from engine.cli import Command, launch, unused_flags
-from engine.flags import TRAINING_FLAGS, shared
+from engine.flags import PREVIEW, TRAINING_FLAGS, shared
 
 COMMAND = Command(
     "train",
     __doc__,
-    shared=shared(f"{TRAINING_FLAGS} lr min-lr weight-decay betas warmup-epochs"),
-    kinds=("train",),
+    shared=shared(f"{TRAINING_FLAGS} lr min-lr weight-decay betas warmup-epochs", **PREVIEW),
+    kinds=("train", "sample"),
     weights=(("load_weight", "model"),),
     latents=True,
     scratch=True,
@@ -25,14 +25,16 @@ parse_args = COMMAND.resolve
 def main(settings):
     from diffusion.objectives import TrainStep
     from engine.data import network_config
+    from engine.endings import say_next
     from engine.networks import NetworkStart, StateSketch
     from engine.optim import Recipe
-    from engine.start import make_run, open_data, start_training
+    from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
 
     run = make_run(settings, COMMAND)
     family = settings.family
     space, data = open_data(settings)
+    watch = make_watch(settings, run, data, space)
     start = NetworkStart(settings.model, network_config(data.dataset, space), settings.weights.get("load_weight"))
     sketch, networks = start.build_without_memory(), {"network": start}
     folder = start_training(settings, run, data, networks, StateSketch(sketch, sketch), start.describe(space))
@@ -44,7 +46,8 @@ def main(settings):
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net, family.no_decay), recipe.schedule(data.total_steps)
     trainer = Trainer(run, step, groups, net, options, schedule)
-    trainer.fit(data, folder)
+    trainer.fit(data, folder, watch=watch)
+    say_next(run, "sample", ckpt=folder.state_path(data.total_steps))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Example:
 
 from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, flag_errors
-from engine.flags import TRAINING_FLAGS, shared
+from engine.flags import PREVIEW, TRAINING_FLAGS, shared
 from engine.settings import TYPED
 from families import family_of, model_name, stack_layers
 from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share, whole
@@ -42,8 +42,8 @@ COMMAND = Command(
         ),
         Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=limit),
     ),
-    shared=shared(f"{TRAINING_FLAGS} lr min-lr", num_workers=8),
-    kinds=("train",),
+    shared=shared(f"{TRAINING_FLAGS} lr min-lr", num_workers=8, **PREVIEW),
+    kinds=("train", "sample"),
     weights=(("load_weight", "model"), ("load_teacher", "teacher")),
     latents=True,
     precision="fp16",
@@ -79,10 +79,11 @@ def pair_layers(model, teacher, pattern, recorded):
 
 def main(settings):
     from engine.data import network_config
+    from engine.endings import say_next
     from engine.networks import NetworkStart, StateSketch
     from engine.optim import Recipe
     from engine.run import compile_blocks
-    from engine.start import make_run, open_data, start_training
+    from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.distillation import DistillStep, feature_weight
 
@@ -91,6 +92,7 @@ def main(settings):
     run = make_run(settings, COMMAND)
     family = settings.family
     space, data = open_data(settings)
+    watch = make_watch(settings, run, data, space)
     if settings.interval_steps >= data.total_steps:
         raise InputError(
             f"--interval-steps {settings.interval_steps}: the run has {data.total_steps} steps; leave some in which "
@@ -125,7 +127,8 @@ def main(settings):
         step.beta = feature_weight(beta, k // data.steps_per_epoch, settings.epochs)
 
     folder.log(f"layer pairs (student, teacher): {pairs}")
-    trainer.fit(data, folder, before_step, lambda k: ([], {"beta": step.beta}))
+    trainer.fit(data, folder, before_step, lambda k: ([], {"beta": step.beta}), watch)
+    say_next(run, "sample", ckpt=folder.state_path(data.total_steps))
 
 
 if __name__ == "__main__":

@@ -296,19 +296,19 @@ class BatchOrder:
     Every epoch is a permutation, incomplete batches are dropped. The global batch does not depend on the process count.
     """
 
-    def __init__(self, n, batch, seed, mirror, steps, rank=0, world=1):
-        self.n, self.batch, self.seed, self.mirror, self.steps = n, batch, seed, mirror, steps
+    def __init__(self, images, batch, seed, mirror, steps, rank=0, world=1):
+        self.images, self.batch, self.seed, self.mirror, self.steps = images, batch, seed, mirror, steps
         self.part = slice(rank * (batch // world), (rank + 1) * (batch // world))
 
     def __len__(self):
         return len(self.steps)
 
     def __iter__(self):
-        per_epoch, epoch = self.n // self.batch, None
+        per_epoch, epoch = len(self.images) // self.batch, None
         for step in self.steps:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n)
+                order = self.images[np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.images))]
             start = step % per_epoch * self.batch
             version = np.random.default_rng([self.seed, 1, step]).random(self.batch) < self.mirror
             yield (2 * order[start : start + self.batch] + version)[self.part].tolist()
@@ -330,7 +330,8 @@ def read_ahead(read, order, depth=2):
 class TrainingData:
     """Latents, and how a run goes through them; the fields but `dataset` are settings of these names.
 
-    Raises InputError, when it is made, unless the global batch divides by processes and parts and the data fill one.
+    eval_split: of the images, how many are held out: a share below 1, or a number of them. Raises InputError, when it
+    is made, unless the global batch divides by processes and parts and the data fill one.
     """
 
     dataset: LatentDataset
@@ -340,9 +341,11 @@ class TrainingData:
     mirror: float = 0.5
     num_workers: int = 0
     grad_accumulation: int = 1
+    eval_split: float = 0.0
 
     def __post_init__(self):
-        n, batch, world, parts = len(self.dataset), self.global_batch_size, world_size(), self.grad_accumulation
+        self._hold_out()
+        n, batch, world, parts = len(self.images), self.global_batch_size, world_size(), self.grad_accumulation
         if batch % world:
             raise InputError(f"--global-batch-size {batch}: not divisible by {world} processes; take a multiple")
         if batch // world % parts:
@@ -350,9 +353,19 @@ class TrainingData:
         if n < batch:
             raise InputError(f"--global-batch-size {batch}: larger than the data ({n} images); take {n} or less")
 
+    def _hold_out(self):
+        """Set `images`, which are trained on, and `held_out`, which are not: ascending, and functions of the seed."""
+        n, asked = len(self.dataset), self.eval_split
+        count = round(asked * n) if asked < 1 else int(asked)
+        if asked and not 0 < count < n:
+            raise InputError(f"--eval-split {asked:g}: holds out {count} of {n} images; give a share, or fewer images")
+        order = np.random.default_rng([self.global_seed, 2]).permutation(n)
+        for name, part in (("held_out", order[:count]), ("images", order[count:])):
+            object.__setattr__(self, name, np.sort(part))  # the dataclass is frozen
+
     @property
     def steps_per_epoch(self):
-        return len(self.dataset) // self.global_batch_size
+        return len(self.images) // self.global_batch_size
 
     @property
     def total_steps(self):
@@ -361,7 +374,7 @@ class TrainingData:
     def order(self, steps, rank=0, world=1):
         """The items, 2 * image + version, that this process reads at each of these steps."""
         batch, seed, mirror = self.global_batch_size, self.global_seed, self.mirror
-        return BatchOrder(len(self.dataset), batch, seed, mirror, steps, rank, world)
+        return BatchOrder(self.images, batch, seed, mirror, steps, rank, world)
 
     def batches(self, steps, rank=0, world=1, pin_memory=False):
         """Batches (x, y) of this process for a range of steps, read while the step before them is computed.

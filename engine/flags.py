@@ -22,6 +22,16 @@ from families.flags import (
     whole,
 )
 
+
+def tracker_list(text):
+    """tensorboard,wandb -> list of those named. Raises ValueError for others."""
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if name not in ("tensorboard", "wandb")]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not one of tensorboard,wandb")
+    return list(dict.fromkeys(names))
+
+
 FLAGS = [
     Flag(
         "model",
@@ -56,6 +66,7 @@ FLAGS = [
         choices=("kept", "average"),
     ),
     switch("preview", "also sample a grid from the pruned network, as <save-model>.png"),
+    Flag("profile", "measure size, time and memory of the network before and after the cut", True, opposite=True),
     Flag("epochs", "passes over the data", 1400, type=count, group=TRAINING),
     Flag("global-batch-size", "images per step over all processes", 256, type=count, group=TRAINING),
     Flag("global-seed", "seed of initial weights, data order and noise", 0, type=whole, group=TRAINING),
@@ -88,6 +99,25 @@ FLAGS = [
     ),
     path_flag("resume", "training state to continue from", shown="the newest in the run folder", group=SYSTEM),
     Flag("log-every", "steps between log lines", 100, type=count, group=SYSTEM),
+    Flag(
+        "log-to",
+        "log there too: tensorboard, wandb, or both",
+        [],
+        type=tracker_list,
+        shown="the run folder alone",
+        metavar="LIST",
+        group=SYSTEM,
+    ),
+    Flag("eval-every", "steps between losses on the held-out images", type=count, shown="never", group=SYSTEM),
+    Flag(
+        "eval-split",
+        "images to hold out of training: a share below 1, or a number",
+        0.0,
+        type=amount,
+        shown="none",
+        group=TRAINING,
+    ),
+    Flag("sample-every", "steps between grids that the network draws", type=count, shown="never", group=SYSTEM),
     Flag("ckpt-every", "steps between checkpoints", 10000, type=count, group=SYSTEM),
     Flag("keep-checkpoints", "newest checkpoints that stay", type=count, shown="all", metavar="N", group=SYSTEM),
     Flag("keep-every", "steps whose multiples stay too", type=count, shown="none", metavar="N", group=SYSTEM),
@@ -109,10 +139,12 @@ MODEL = "model vae image-size num-classes"
 START = f"data-path load-weight no-ema {MODEL}"
 TRAINING_FLAGS = (
     f"{START} epochs global-batch-size global-seed clip-norm ema-decay ema-warmup mirror results-dir prefix resume "
-    "log-every ckpt-every keep-checkpoints keep-every "
+    "log-every log-to eval-every eval-split sample-every cfg-scale num-sampling-steps "
+    "ckpt-every keep-checkpoints keep-every "
     "num-workers precision device compile grad-checkpointing shard grad-accumulation dry-run"
 )
-PRUNING_FLAGS = f"ckpt no-ema save-model init {MODEL} cfg-scale num-sampling-steps seed preview device dry-run"
+PREVIEW = {"num_sampling_steps": 50}  # defaults of --sample-every
+PRUNING_FLAGS = f"ckpt no-ema save-model init {MODEL} cfg-scale num-sampling-steps seed preview profile device dry-run"
 SAMPLING_FLAGS = f"ckpt no-ema {MODEL} cfg-scale num-sampling-steps precision vae-precision device compile"
 
 

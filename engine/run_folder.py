@@ -8,15 +8,20 @@ import secrets
 import sys
 from pathlib import Path
 
-from engine.checkpoint import check_state, read_file, read_state, save_state
+from engine.checkpoint import check_state, read_state, save_state
 from engine.errors import InputError, RunError, check_folder
 from engine.files import plain, read_json, remove_partial_files, write_atomically, write_errors, write_json
 from engine.lock import take_folder
 from engine.settings import TYPED
+from engine.trackers import Trackers
+from engine.weight_files import read_file
+from families import FAMILIES
 
 # Settings that may change when the same command resumes a run: they do not change its numbers.
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
-FREE |= {"dry_run", "shard", "dense", "keep_checkpoints", "keep_every", "init", "finalists"}
+FREE |= {"dry_run", "shard", "dense", "keep_checkpoints", "keep_every", "init", "finalists", "log_to", "profile"}
+FREE |= {"eval_every", "sample_every", "cfg_scale", "num_sampling_steps"}  # and those of families for sampling
+FREE |= {flag.dest for family in FAMILIES.values() for flag in family.own_flags(["sample"])}
 
 
 class RunFolder:
@@ -24,15 +29,17 @@ class RunFolder:
 
     about: {"settings": {name: value}, "origins": ..., "inputs": {what: digest}, ...}, which becomes config.json. facts:
     to record with every state, about the weights in it. resume: a state to continue from instead of the newest.
-    keep_checkpoints: delete states but the newest so many, and those whose step is a multiple of `keep_every`.
+    keep_checkpoints: delete states but the newest so many, and those whose step is a multiple of `keep_every`. log_to:
+    names of engine.trackers, which get all numbers too.
     """
 
-    def __init__(self, path, about, facts, resume=None, keep_checkpoints=None, keep_every=None):
+    def __init__(self, path, about, facts, resume=None, keep_checkpoints=None, keep_every=None, log_to=()):
         self.path, self.facts, self.resume_from = Path(path), facts, str(resume) if resume else None
         self.keep_checkpoints, self.keep_every = keep_checkpoints, keep_every
         self.about = plain({**about, "continues": self.resume_from, "branch": None})
         self.settings = comparable(self.about["settings"])
-        self.logger = self.lock = None
+        self.logger = self.lock = self.trackers = None
+        self.log_to = log_to
         self.own = []  # states of this branch of the run, which are here
         self.continued, self.state = None, None  # path and contents of the state to continue from
 
@@ -106,12 +113,16 @@ class RunFolder:
                 (self.path / "checkpoints").mkdir(exist_ok=True)
                 remove_partial_files(self.path / "checkpoints")
                 self.logger = open_log(self.path / "log.txt")
+            step = self.state["train_steps"] if self.state else 0
+            self.trackers = Trackers(self.log_to, self.path, self.about["settings"], step)
         except RunError:
             self.close()
             raise
 
     def close(self):
         """Give the folder free."""
+        if self.trackers:
+            self.trackers.close()
         if self.lock:
             self.lock.release()
 
@@ -124,9 +135,13 @@ class RunFolder:
         if self.logger:
             self.logger.info(text)
 
+    def state_path(self, step):
+        """The file of the state after so many steps."""
+        return self.path / "checkpoints" / f"{step:07d}.pt"
+
     def save_state(self, state):
-        """Write a training state to checkpoints/<step, 7 digits>.pt; its `ema` can be sampled from."""
-        path = self.path / "checkpoints" / f"{state['train_steps']:07d}.pt"
+        """Write a training state to its file; its `ema` can be sampled from."""
+        path = self.state_path(state["train_steps"])
         save_state(path, {**state, "args": self.settings, "branch": self.about["branch"]}, **self.facts)
         self.log(f"saved {path}")
         self.own = [path, *(other for other in self.own if other != path)]
@@ -146,6 +161,14 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         with write_errors(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
+        if self.trackers:
+            self.trackers.log(row)
+
+    def show(self, step, path):
+        """Say that a picture was drawn, and add it to the trackers."""
+        self.log(f"wrote {path}")
+        if self.trackers:
+            self.trackers.show(step, path)
 
     def drop_metrics_after(self, step):
         """Forget the rows of steps that this run makes again, and what is no row."""

@@ -16,7 +16,9 @@ from engine.errors import InputError, nearest_folder
 from engine.optim import share_of_start
 from engine.run import Run
 from engine.run_folder import RunFolder, run_path
+from engine.trackers import check_trackers
 from engine.vae import LatentSpace
+from engine.watch import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 DRY_RUN = "dry run: all checks passed, nothing was written"
@@ -114,7 +116,7 @@ def find_version(package):
 def describe_sizes(data, networks, state_bytes, ckpt_every):
     """Sizes of a training run, for config.json: data, networks, steps, and the disk that its states take."""
     return {
-        "images": len(data.dataset),
+        "images": len(data.images),
         "steps": data.total_steps,
         "steps_per_epoch": data.steps_per_epoch,
         "parameters": {word: start.count_parameters() for word, start in networks.items()},
@@ -146,6 +148,12 @@ def open_data(settings):
     return space, settings.make(TrainingData, dataset=open_latents(settings.data_path, space))
 
 
+def make_watch(settings, run, data, space):
+    """What looks at the network while it is trained; raises InputError for flags that do not fit together."""
+    objective = settings.family.make_objective(**settings.own("train")).to(run.device)
+    return settings.make(Watch, run=run, data=data, space=space, objective=objective, own=settings.own("sample"))
+
+
 def start_training(settings, run, data, networks, sketch, facts):
     """Open the RunFolder of a training run and say in its log how it starts.
 
@@ -164,8 +172,9 @@ def start_training(settings, run, data, networks, sketch, facts):
     about["inputs"] = inputs
     agree({**describe_for_others(settings, run), **inputs})
     path = run_path(settings.results_dir, settings.prefix, settings.model)
+    check_trackers(settings.log_to)
     keep = (settings.keep_checkpoints, settings.keep_every)
-    folder = RunFolder(path, about, facts, settings.resume, *keep)
+    folder = RunFolder(path, about, facts, settings.resume, *keep, log_to=settings.log_to)
 
     def prepare():
         remarks = folder.prepare()

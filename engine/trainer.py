@@ -44,6 +44,7 @@ class Trainer:
         self.run, self.step, self.net, self.options = run, step, step.net, options
         step.to(run.home)
         self.ema, self.schedule = Ema(averaged, options.ema_decay, options.ema_warmup), schedule
+        self.watched = self.ema.module if averaged is self.net else self.net
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.wrapped, self.replicas, self.steps, self.grad_norm = step, [], 0, 0.0
         if options.grad_checkpointing:
@@ -92,10 +93,11 @@ class Trainer:
             self.scaler.scale(terms["loss"].mean() / parts).backward()
         return {name: term.detach() for name, term in terms.items()}
 
-    def fit(self, data, folder, before_step=None, report=None):
+    def fit(self, data, folder, before_step=None, report=None, watch=None):
         """Train to the end of `data`, a TrainingData, from where the state of the prepared RunFolder stands.
 
         before_step(step) sets what changes with the step. report(step) -> (lines, metrics) adds to every log entry.
+        watch: an engine.watch.Watch of the averaged network, or of the trained one where not all of it is averaged.
         Raises RunError on all processes when a number is not finite or a file cannot be written, and StoppedError, with
         the state saved, when one was told to stop.
         """
@@ -112,12 +114,13 @@ class Trainer:
                 return
             if self.steps == 0:
                 self._log(meter, folder, report)
+                self._look(watch, meter, folder)
             with StopRequest() as stop:
-                self._train(data, folder, meter, stop, before_step, report)
+                self._train(data, folder, meter, stop, before_step, report, watch)
         finally:
             folder.close()
 
-    def _train(self, data, folder, meter, stop, before_step, report):
+    def _train(self, data, folder, meter, stop, before_step, report, watch):
         """The steps that are left."""
         total, options = data.total_steps, self.options
         batches = data.batches(range(self.steps, total), self.run.rank, self.run.world, self.run.on_gpu)
@@ -136,6 +139,7 @@ class Trainer:
                 signal, is_last = stop.agreed(self.steps), self.steps == total
                 if self.steps % options.log_every == 0 or is_last:
                     self._log(meter, folder, report)
+                self._look(watch, meter, folder, is_last)
                 if self.steps % options.ckpt_every == 0 or is_last or signal:
                     self._save(meter, folder)
                 if signal and not is_last:
@@ -151,6 +155,11 @@ class Trainer:
             folder.log(text)
         if row or metrics:
             on_main(lambda: folder.write_metrics({"step": self.steps, **row, **metrics}))
+
+    def _look(self, watch, meter, folder, is_last=False):
+        """Look at the network, which does not count as time of training."""
+        if watch:
+            meter.start += watch.look(self.steps, self.watched, folder, is_last)
 
     def _save(self, meter, folder):
         """Write a state, in the main process, unless something in it is not finite."""
@@ -313,5 +322,6 @@ class Meter:
             f"{rate * batch:.1f} images/s  {shown}left {left}"
         )
         row |= {"lr": lr, "grad_norm": grad_norm, "images_per_second": rate * batch}
+        row |= {} if memory is None else {"memory_gb": memory}
         self.sums, self.count, self.timed, self.start = {}, 0, 0, time.monotonic()
         return row, line

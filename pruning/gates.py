@@ -156,6 +156,17 @@ def decide(model):
 
 
 @torch.no_grad()
+def keep_probabilities(model):
+    """Of every layer of a gated network, or of its LayerGates: the probability that a draw keeps it, 0 to 1."""
+    gates = getattr(model, "gumbel_gates", model)
+    found = []
+    for g in range(len(gates.groups)):
+        probabilities = (gates.logits(g)[0] * gates.scaling).softmax(-1)
+        found += (probabilities @ gates.get_buffer(f"candidates_{g}")).tolist()
+    return found
+
+
+@torch.no_grad()
 def likeliest(model, count):
     """The `count` most probable choices of a gated network, or of its LayerGates: lists of kept layers, best first.
 
