@@ -21,26 +21,42 @@ def read_metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_settings(folder):
+    """Settings of a run."""
+    return json.loads((Path(folder) / "config.json").read_text())["settings"]
+
+
 def read_groups(folder):
     """N:M groups of a run of prune_by_learning.py."""
     from families import model_config, stack_layers
     from pruning.patterns import format_pattern, parse_groups
 
-    settings = json.loads((Path(folder) / "config.json").read_text())["settings"]
+    settings = read_settings(folder)
     model, pattern = settings["model"], settings["pattern"]
     return parse_groups(pattern or format_pattern(model_config(model)["groups"]), stack_layers(model))
+
+
+def count_candidates(folder):
+    """Ways that every group of such a run could choose its layers."""
+    contiguous = read_settings(folder).get("candidates") == "contiguous"
+    return [n + 1 if contiguous and n < m else math.comb(m, n) for n, m in read_groups(folder)]
+
+
+def thin(rows, limit=80):
+    """Rows at even distances, at most so many, and the last."""
+    return [*rows[: -1 : -(-len(rows) // limit) or 1], *rows[-1:]]
 
 
 def draw_decisions(folder, path):
     """Layers kept over the steps of gate learning; the more opaque, the surer is the group of a layer.
 
-    A group for which all candidates are alike is nearly white.
+    A group for which all candidates are alike is nearly white. Depth and groups are those of the run.
     """
     groups = read_groups(folder)
     depth = sum(m for _, m in groups)
     group_of = np.repeat(np.arange(len(groups)), [m for _, m in groups])
-    rows = [row for row in read_metrics(folder) if "kept" in row]
-    unsure = np.array([1 / math.comb(m, n) if n < m else 0 for n, m in groups])
+    rows = thin([row for row in read_metrics(folder) if "kept" in row])
+    unsure = np.array([1 / count if count > 1 else 0 for count in count_candidates(folder)])
     figure, colours = Figure((9, 1.5 + 0.16 * depth), layout="constrained"), colormaps["tab20"]
     axis = figure.subplots()
     for row in rows:
@@ -52,7 +68,7 @@ def draw_decisions(folder, path):
     for edge in np.cumsum([m for _, m in groups])[:-1]:
         axis.axhline(edge - 0.5, color="0.9", linewidth=0.5)
     axis.set(xlabel="step", ylabel="kept layer", title="Decisions while the gates learn", ylim=(-0.5, depth - 0.5))
-    axis.set_yticks(range(0, depth, 1 if depth <= 16 else 4))
+    axis.set_yticks(range(0, depth, -(-depth // 16)))
     figure.savefig(path, dpi=110)
 
 

@@ -23,13 +23,9 @@ sys.path.insert(0, str(ROOT))
 import report  # noqa: E402  (this and the next import the project from ROOT)
 
 from engine.checkpoint import read_facts  # noqa: E402
-from families import stack_layers  # noqa: E402
+from families import depth_name, stack_layers  # noqa: E402
 
-FAMILIES = {  # teacher, student, epochs of recovery
-    "DiT": ("DiT-T/4", "DiT-T-D6/4", 20),
-    "SiT": ("SiT-T/4", "SiT-T-D6/4", 20),
-    "MAR": ("MAR-T", "MAR-T-D6", 16),
-}
+FAMILIES = {"DiT": ("DiT-T/4", 20), "SiT": ("SiT-T/4", 20), "MAR": ("MAR-T", 16)}  # teacher, epochs of recovery
 SAMPLING_FLAGS = {
     "DiT": {"cfg-scale": 2.0, "sampler": "ddim", "num-sampling-steps": 20},
     "SiT": {"cfg-scale": 2.0, "sampling-method": "heun2", "num-sampling-steps": 11},
@@ -42,8 +38,23 @@ SCRATCH_FLAGS = {
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--family", choices=FAMILIES, default="DiT", help="whose network (default: DiT)")
-FAMILY = parser.parse_args().family
-TEACHER, STUDENT, RECOVERY_EPOCHS = FAMILIES[FAMILY]
+parser.add_argument("--depth", type=int, help="layers of the teacher (default: those of its name)")
+ARGUMENTS = parser.parse_args()
+FAMILY = ARGUMENTS.family
+
+
+def choose_stacks(model, depth):
+    """Layers in every stack of the teacher, of which one of every two will stay."""
+    stacks = stack_layers(model)
+    depth, multiple = sum(stacks) if depth is None else depth, 2 * len(stacks)
+    if depth < multiple or depth % multiple:
+        parser.error(f"--depth {depth}: expected a multiple of {multiple}, as every stack is cut by half")
+    return [depth // len(stacks)] * len(stacks)
+
+
+TEACHER, RECOVERY_EPOCHS = FAMILIES[FAMILY]
+STACKS = choose_stacks(TEACHER, ARGUMENTS.depth)
+TEACHER, STUDENT = (depth_name(TEACHER, [layers // part for layers in STACKS]) for part in (1, 2))
 SAMPLING, SCRATCH = SAMPLING_FLAGS[FAMILY], SCRATCH_FLAGS[FAMILY]
 RUN = Path("examples/digits") / {"DiT": "run"}.get(FAMILY, f"run-{FAMILY.lower()}")  # below ROOT, where commands run
 DEPTH, KEPT = (sum(stack_layers(model)) for model in (TEACHER, STUDENT))

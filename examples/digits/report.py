@@ -15,6 +15,11 @@ from engine.sampling import SamplingPlan
 from engine.vae import LatentSpace
 from evaluation.metrics import frechet_distance_of_features
 from families import family_of, stack_layers
+from reporting.markup import element
+from reporting.page import write_page
+from reporting.parts import table
+from reporting.pictures import embed_picture
+from reporting.runs import read_run
 
 SIZE, CLASSES = 8, 10  # pixels per side, digits
 COLUMNS = ("model", "layers", "parameters", "images/s", "Frechet distance", "guided", "read as asked", "kept layers")
@@ -81,11 +86,16 @@ def measure(files, folders, settings):
 
 def format_table(rows):
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        shown = {**row, "parameters": f"{row['parameters']:,}", "read as asked": f"{row['read as asked']:.1%}"}
-        lines.append("| " + " | ".join(str(shown[column]) for column in COLUMNS) + " |")
-    return "\n".join(lines)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *format_cells(rows))]
+    return "\n".join([lines[0], "|---" * len(COLUMNS) + "|", *lines[1:]])
+
+
+def format_cells(rows):
+    """The rows as text, one list a row."""
+    shown = [
+        {**row, "parameters": f"{row['parameters']:,}", "read as asked": f"{row['read as asked']:.1%}"} for row in rows
+    ]
+    return [[str(row[column]) for column in COLUMNS] for row in shown]
 
 
 def draw_samples(folders, rows, path):
@@ -116,15 +126,28 @@ def draw_losses(run, family, depths, path):
     figure.savefig(path, dpi=110)
 
 
+def write_runs(run, rows, family):
+    """Write report.html: the table and the samples, then all runs side by side."""
+    found = sorted((run / "outputs").iterdir(), key=lambda path: path.name)
+    folders = sorted(found, key=lambda path: [not path.name.startswith(word) for word in ("teacher", "learn_mask")])
+    runs = [read_run(folder, lambda model: sum(stack_layers(model))) for folder in folders]
+    samples = embed_picture(run / "samples.png", "Digits sampled by every model, with guidance and without")
+    digits = element("figure", samples, class_="wide", role="region", aria_label="Digits", tabindex="0")
+    extras = [("Models", [table("Models", COLUMNS, format_cells(rows), "numbers")]), ("Digits", [digits])]
+    write_page(run / "report.html", f"Handwritten digits with a {family}", runs, extras=extras)
+
+
 def write(run, files, folders, settings, family, seconds):
-    """Measure all models, print the table, and write report.md, report.json and the pictures into the run folder."""
+    """Measure all models, print the table, and write report.md, .json, .html and the pictures into the run folder."""
     rows = measure(files, folders, settings)
-    table = format_table(rows)
+    text = format_table(rows)
     minutes = f"All stages took {seconds / 60:.1f} minutes."
-    (run / "report.md").write_text(f"{table}\n\n{minutes}\n")
+    (run / "report.md").write_text(f"{text}\n\n{minutes}\n")
     (run / "report.json").write_text(json.dumps({"seconds": seconds, "models": rows}, indent=1))
     draw_samples(folders, rows, run / "samples.png")
     depths = [count_layers(files[name]) for name in ("teacher", "learned")]
     draw_losses(run, family, depths, run / "losses.png")
     pictures.draw_decisions(next((run / "outputs").glob("learn_mask-*")), run / "decisions.png")
-    print(f"\n{table}\n\n{minutes}\nReport: {run}/report.md, samples.png, losses.png, decisions.png", flush=True)
+    write_runs(run, rows, family)
+    pages = "report.html, report.md, samples.png, losses.png, decisions.png"
+    print(f"\n{text}\n\n{minutes}\nReport: {run}/{pages}", flush=True)
