@@ -1,22 +1,36 @@
 # make setup | demo | demo-sit | demo-mar | bench | gpu | test | fuzz: each does all the set-up it needs in .venv
+# LOCK=requirements.lock takes the versions of that file, else the newest within the ranges of the requirements.
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 FUZZ_EXAMPLES ?= 100000
+LOCK ?=
+EVERYTHING := .venv/ready$(if $(LOCK),-$(notdir $(LOCK)))
+FOR_DEMO := .venv/ready-demo$(if $(LOCK),-$(notdir $(LOCK)))
 
 .PHONY: setup demo demo-sit demo-mar bench gpu test fuzz clean
 
-setup: .venv/ready
+setup: $(EVERYTHING)
 
-.venv/ready: requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+# One environment. A marker says what was installed last; everything is enough for the walkthrough too.
+define install
+$(PYTHON) -m venv .venv
+rm -f .venv/ready*
+$(BIN)/pip install --quiet --disable-pip-version-check -r $(1) $(if $(LOCK),-c $(LOCK))
+endef
+
+$(EVERYTHING): requirements.txt requirements-demo.txt requirements-dev.txt $(LOCK)
+	$(call install,requirements-dev.txt)
+	touch $(EVERYTHING) $(FOR_DEMO)
+
+$(FOR_DEMO): requirements.txt requirements-demo.txt $(LOCK)
+	$(call install,requirements-demo.txt)
 	touch $@
 
-demo: setup
+demo: $(FOR_DEMO)
 	$(BIN)/python examples/digits/demo.py
 
-demo-sit demo-mar: demo-%: setup
+demo-sit demo-mar: demo-%: $(FOR_DEMO)
 	$(BIN)/python examples/digits/demo.py --family $(if $(filter sit,$*),SiT,MAR)
 
 test: setup
