@@ -14,7 +14,7 @@ from engine.diffusers_folder import digest_folder, open_folder
 from engine.errors import InputError, flag_errors
 from engine.files import digest_file, download, plain, read_json, write_atomically, write_json
 from engine.weight_files import FACTS, GATES, check_intact, open_weights, read_file, wrong_numbers
-from families import RELEASES, SHAPE_ARGUMENTS, create_model, describe_shapes, family_of, model_config
+from families import RELEASES, SHAPE_ARGUMENTS, describe_shapes, family_of, model_config, sketch_model
 
 
 class Weights:
@@ -122,8 +122,7 @@ class Weights:
 
     def build(self, model, config, device):
         """The network called `model` in float32 on `device`, with a copy of these weights, which fit."""
-        with torch.device("meta"):
-            net = create_model(model, **config)
+        net = sketch_model(model, **config)
         weights = {
             key: value.to(device, torch.float32, copy=True)
             for key, value in self.state.items()
@@ -135,9 +134,8 @@ class Weights:
 
 def expected_shapes(model, config):
     """{key: shape} of the weights that a network needs from a file: its state dict without gates."""
-    with torch.device("meta"):
-        net = create_model(model, **config)
-    return {key: tuple(value.shape) for key, value in net.state_dict().items() if not key.startswith(GATES)}
+    state = sketch_model(model, **config).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items() if not key.startswith(GATES)}
 
 
 def facts_path(path):
@@ -165,7 +163,13 @@ def save_weights(path, state, **facts):
         metadata = {"format": "pt", FACTS: json.dumps(plain(facts))}
         write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
     else:
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+        write_atomically(path, lambda temporary: save_anonymously(state, temporary))
+
+
+def save_anonymously(state, path):
+    """torch.save without the name of the file inside, so that equal weights are equal bytes."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
 
 
 def save_state(path, state, **facts):

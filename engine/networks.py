@@ -7,7 +7,7 @@ import torch
 from engine.checkpoint import Weights
 from engine.errors import InputError
 from engine.weight_files import GATES
-from families import create_model, model_config
+from families import create_model, model_config, sketch_model
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class NetworkStart:
 
     def build_without_memory(self):
         """The network on torch's meta device, for counting; random numbers stay where they are."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return create_model(self.model, **self.config)
+        return sketch_model(self.model, **self.config)
 
     def count_parameters(self):
         """Number of weights, those of gates left out."""

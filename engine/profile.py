@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from engine.errors import one_line
 from engine.run import Run
 from engine.weight_files import GATES
-from families import SHAPE_ARGUMENTS, create_model, describe_shapes, family_of
+from families import SHAPE_ARGUMENTS, describe_shapes, family_of, sketch_model
 
 PASSES = 5  # that are timed, after one that is not
 PRODUCT = re.compile(r"\w*(attention|convolution|matmul|_mm)\w*|(mkldnn_)?linear|(add)?(mv|bmm|r)|v?dot")
@@ -42,7 +42,7 @@ class Profiler:
     run: Run
     model: str
     whole: dict
-    measured: dict = field(default_factory=dict)  # by the names of networks
+    measured: dict = field(default_factory=dict)  # by the name and parameters of a network
 
     def compare(self, pruned):
         """{"before": {name: number or None}, "after": ...} for the state dict `pruned`, and what they were taken on."""
@@ -58,18 +58,22 @@ class Profiler:
         state = {key: value for key, value in state.items() if not key.startswith(GATES)}
         told = describe_shapes({key: tuple(value.shape) for key, value in state.items()}, self.model)
         model, config = told["model"], {key: told[key] for key in SHAPE_ARGUMENTS if key in told}
-        if model not in self.measured:
-            parameters, macs = sum(value.numel() for value in state.values()), count_macs(model, config)
-            latency, memory = self.time_forward(model, config, state)
+        parameters = sum(value.numel() for value in state.values())
+        key = (model, parameters)
+        if key not in self.measured:
+            macs, latency, memory = None, None, None
+            if model:  # else no name describes it, and it cannot be built
+                macs = count_macs(model, config)
+                latency, memory = self.time_forward(model, config, state)
             numbers = (parameters, macs and macs / 1e9, latency, memory)
-            self.measured[model] = dict(zip([name for name, _ in QUANTITIES], numbers, strict=True))
-        return self.measured[model]
+            self.measured[key] = dict(zip([name for name, _ in QUANTITIES], numbers, strict=True))
+        return self.measured[key]
 
     def time_forward(self, model, config, state):
         """(milliseconds, GB) of a forward pass in the run's precision on its device; None where it has no room."""
         try:
             with own_draws(self.run.device):
-                net = sketch(model, config)
+                net = sketch_model(model, **config)
                 weights = {key: value.to(self.run.device, torch.float32) for key, value in state.items()}
                 net.load_state_dict(weights, assign=True)
                 net = self.run.freeze(net)
@@ -90,12 +94,6 @@ def own_draws(device):
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.default_generator.manual_seed(0)
         yield
-
-
-def sketch(model, config):
-    """The network called `model` without memory."""
-    with torch.device("meta"):
-        return create_model(model, **config)
 
 
 def make_forward(model, net, device):
@@ -136,7 +134,7 @@ def count_macs(model, config):
     """
     cpu = torch.device("cpu")
     with own_draws(cpu):
-        net = sketch(model, config).eval()
+        net = sketch_model(model, **config).eval()
         nothing = {key: torch.zeros(()).expand(value.shape) for key, value in net.state_dict().items()}
         net.load_state_dict(nothing, assign=True)
         flops = count_flops(make_forward(model, net, cpu))

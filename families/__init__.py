@@ -44,9 +44,22 @@ def depth_name(name, depths):
 
 def create_model(name, **overrides):
     """Build the network called `name`; `overrides` are constructor arguments, such as input_size or groups."""
-    family = family_of(name)
-    module, _, network = family.network.rpartition(".")
-    return getattr(importlib.import_module(module), network)(**{**model_config(name), **overrides})
+    return _find_network(name)(**{**model_config(name), **overrides})
+
+
+def sketch_model(name, **overrides):
+    """The same on torch's meta device: without memory and random numbers, for shapes and counting."""
+    import torch
+
+    network = _find_network(name)  # before the context, in which libraries must not be imported for the first time
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return network(**{**model_config(name), **overrides})
+
+
+def _find_network(name):
+    """The class of the network called `name`."""
+    module, _, network = family_of(name).network.rpartition(".")
+    return getattr(importlib.import_module(module), network)
 
 
 def describe_shapes(shapes, name=None):
