@@ -45,7 +45,7 @@ def contents(folder):
             found[name] = flatten(read_file(path, "--ckpt"))
         elif path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in row.items() if key not in OWN_TIME} for row in rows]
+            found[name] = without_times(rows)
         elif path.name == "config.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "environment"}
         elif path.name.endswith(".pt.json"):
@@ -55,6 +55,11 @@ def contents(folder):
         else:
             found[name] = ""
     return found
+
+
+def without_times(rows):
+    """Rows of metrics without what is another number in every run: speed and memory."""
+    return [{key: value for key, value in row.items() if key not in OWN_TIME} for row in rows]
 
 
 def flatten(value, name=""):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from disturbed import without_times
 
 from engine.cli import run_script as run_as_launched
 from engine.trainer import Trainer
@@ -56,7 +57,7 @@ def last_state(folder):
 def read_rows(folder):
     (path,) = folder.glob("*/metrics.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return without_times(rows)
 
 
 def states(folder):

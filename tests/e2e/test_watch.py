@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from disturbed import OWN_TIME
+from disturbed import without_times
 
 from engine.data import LatentDataset, TrainingData
 from engine.errors import InputError
@@ -38,10 +38,6 @@ def train(run_script, name, words, folder):
     (run,) = (path for path in folder.iterdir() if path.is_dir())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return rows, read_file(run / "checkpoints" / "0000006.pt", "--resume"), run
-
-
-def without_times(rows):
-    return [{key: value for key, value in row.items() if key not in OWN_TIME} for row in rows]
 
 
 @pytest.mark.parametrize("name", ["train", "prune_by_learning", "train_masked_kd"])
