@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from disturbed import without_times
 from safetensors.torch import load_file, save_file
 
 import export_diffusers
@@ -262,3 +263,20 @@ def test_works_as_models_of_diffusers_do(exported, tmp_path):
     plain = gradients()
     net.enable_gradient_checkpointing()
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, gradients(), strict=True))
+
+
+def test_folders_in_training(run_script, teacher, latents, tmp_path):
+    """A student and its teacher, both as folders of diffusers: the same losses as with the files."""
+
+    def train(student, whole, name):
+        words = ["--load-weight", student, "--load-teacher", whole, "--teacher", teacher.model]
+        words += ["--data-path", latents, "--results-dir", tmp_path / name, "--global-batch-size", 16, "--epochs", 1]
+        run_script("train_masked_kd", *words, "--num-workers", 0, "--log-every", 2)
+        (path,) = (tmp_path / name).glob("*/metrics.jsonl")
+        return without_times(map(json.loads, path.read_text().splitlines()))
+
+    for source in (teacher.student, teacher.weights):
+        run(export_diffusers, ckpt=source, output=tmp_path / source.stem, transformer_only=True)
+    rows = train(tmp_path / teacher.student.stem, tmp_path / teacher.weights.stem, "folders")
+    assert rows == train(teacher.student, teacher.weights, "files")
+    assert len(rows) > 2
