@@ -57,14 +57,16 @@ class Watch:
 
     def look(self, step, net, folder, is_last=False):
         """Evaluate `net` and let it draw if it is time; results go to the RunFolder. Returns the seconds it took."""
-        start = time.monotonic()
-        mode = net.training
+        evaluates, draws = (is_due(every, step, is_last) for every in (self.eval_every, self.sample_every))
+        if not evaluates and not draws:
+            return 0.0
+        start, mode = time.monotonic(), net.training
         net.eval()
-        if is_due(self.eval_every, step, is_last):
+        if evaluates:
             loss = self.measure(net)
             folder.log(f"step {step}  held-out loss {loss:.5f}")
             on_main(lambda: folder.write_metrics({"step": step, "held_out_loss": loss}))
-        if is_due(self.sample_every, step, is_last):
+        if draws:
             on_main(lambda: self._draw(step, net, folder), patient=True)
         net.train(mode)
         return time.monotonic() - start
