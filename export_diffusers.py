@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.cli import Command, launch
 from engine.errors import InputError, check_apart, check_folder, flag_errors
 from engine.flags import shared
+from families import model_config
 from families.flags import Flag, path_flag, path_text, switch
 
 COMMAND = Command(
@@ -20,9 +21,7 @@ COMMAND = Command(
         Flag("data", "data set of the model card", type=path_text, shown="none", metavar="NAME"),
         path_flag("metrics", "numbers of the model card, from evaluator.py --json", shown="none"),
     ),
-    shared=shared(
-        "ckpt no-ema model vae image-size num-classes num-sampling-steps device dry-run", num_sampling_steps=50
-    ),
+    shared=shared("ckpt no-ema model vae image-size num-classes num-sampling-steps dry-run", num_sampling_steps=50),
     weights=(("ckpt", "model"),),
 )
 NULL_CLASS = 1000  # of the pipeline, whatever its transformer was trained with
@@ -36,6 +35,8 @@ def parse_args(argv=None):
         raise InputError(
             f"--model {settings.model}: diffusers has no class for a {settings.family.name}; this is for a DiT alone"
         )
+    if "groups" in model_config(settings.model):
+        raise InputError(f"--model {settings.model}: has gates; prune with it first, then export the pruned weights")
     alone = "take --transformer-only"
     if not settings.transformer_only and settings.num_classes != NULL_CLASS:
         raise InputError(
@@ -47,17 +48,26 @@ def parse_args(argv=None):
     return settings
 
 
+def check_output(settings):
+    """Raise InputError unless the folder to write is new, empty or an earlier export, and apart from what is read."""
+    output, original = Path(settings.output), settings.family.exchange.load().ORIGINAL
+    check_folder("--output", output)
+    for part in (output, output / "transformer", output / "vae"):
+        check_apart("--output", part / "config.json", {"ckpt": settings.ckpt, "vae": settings.vae})
+    is_export = any((folder / original).is_file() for folder in (output, output / "transformer"))
+    if output.is_dir() and any(output.iterdir()) and not is_export:
+        raise InputError(f"--output {output}: is not empty, and no earlier export; name a new folder")
+
+
 def main(settings):
     from engine.diffusers_folder import write_pipeline, write_transformer
     from engine.model_card import read_metrics, trace_source, write_card
     from engine.run import Run
     from engine.start import print_start
     from engine.vae import LatentSpace
-    from families import model_config
 
     weights, run = settings.weights["ckpt"], Run("cpu")
-    check_folder("--output", settings.output)
-    check_apart("--output", Path(settings.output) / "config.json", {"ckpt": settings.ckpt, "vae": settings.vae})
+    check_output(settings)
     metrics = read_metrics(settings.metrics) if settings.metrics else None
     space = settings.make(LatentSpace, latents=settings.family.latents)
     config = {**weights.read_config(settings.model), "num_classes": settings.num_classes, "input_size": space.size}
@@ -70,10 +80,11 @@ def main(settings):
     exchange, sources = settings.family.exchange, trace_source(weights.name, facts)
     with flag_errors("--num-sampling-steps", settings.num_sampling_steps):
         exported = exchange.load().to_diffusers(weights.state, config, settings.num_sampling_steps)
+    facts |= exported[-1]
     if settings.transformer_only:
         opening = write_transformer(output, exchange, exported, facts)
     else:
-        opening = write_pipeline(output, exchange, exported, facts, space)
+        opening = write_pipeline(output, exchange, exported, facts, space, settings.num_sampling_steps)
     write_card(output / "README.md", settings.model, sources, facts, opening, settings.data, metrics)
     run.print(f"wrote {output}")
 

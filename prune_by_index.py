@@ -89,13 +89,13 @@ def main(settings):
     print_start(settings, run)
     if settings.dry_run:
         return
-    facts |= {"source": weights.path, "init": settings.init}
+    facts |= {"source": weights.name, "init": settings.init}
 
     def save():
         profiler = Profiler(run, settings.model, weights.state) if settings.profile else None
         return save_pruned(run, settings.save_model, pruned, settings.model, space, profiler, **facts)
 
-    name = on_main(save)
+    name = on_main(save, patient=True)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
     say_recovery(run, settings.save_model, weights.name, settings.model, "FEATURES")

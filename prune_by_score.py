@@ -138,6 +138,7 @@ def main(settings):
     from engine.calibration import Calibration
     from engine.distributed import on_main
     from engine.endings import say_recovery
+    from engine.file_settings import read_latents
     from engine.profile import Profiler
     from engine.pruned import save_preview, save_pruned
     from engine.run import Run
@@ -182,7 +183,7 @@ def main(settings):
         )
         kept, facts = rank(settings, run, criterion, (net, objective, batches), groups)
     pattern = {"pattern": format_pattern(groups)} if settings.pattern else {}
-    facts = {"source": weights.path, "kept": kept, "init": settings.init, **pattern, **facts}
+    facts = {"source": weights.name, "kept": kept, "init": settings.init, **pattern, **facts}
     with flag_errors("--n-pruned", settings.n_pruned):
         pruned = cut_layers(weights.state, kept, settings.init)
 
@@ -190,10 +191,11 @@ def main(settings):
         profiler = Profiler(run, settings.model, weights.state) if settings.profile else None
         return save_pruned(run, settings.save_model, pruned, settings.model, space, profiler, **facts)
 
-    name = on_main(save)
+    name = on_main(save, patient=True)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
-    say_recovery(run, settings.save_model, weights.name, settings.model, settings.data_path)
+    features = settings.data_path if read_latents(settings.data_path) else "FEATURES"
+    say_recovery(run, settings.save_model, weights.name, settings.model, features)
 
 
 if __name__ == "__main__":

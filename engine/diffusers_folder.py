@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from engine.errors import InputError, flag_errors
-from engine.files import digest_file, load_json, plain, write_atomically, write_json
+from engine.errors import InputError, flag_errors, one_line
+from engine.files import digest_file, load_json, plain, write_atomically, write_errors, write_json
 from engine.hub import WEIGHT_FILES, list_shards
 from engine.weight_files import FACTS, Opened, open_weights
 from families import find_exchange
@@ -28,14 +28,19 @@ def open_folder(path, flag):
     original = open_weights(folder / exchange.ORIGINAL, flag) if (folder / exchange.ORIGINAL).is_file() else None
 
     def convert(get):
+        theirs = {key: value for file in files for key, value in get(file).items()}
         with flag_errors(flag, path):
-            theirs = {key: value for file in files for key, value in get(file).items()}
-            return exchange.from_diffusers(theirs, config, get(original) if original else None)
+            try:
+                own, table = (get(original), (original.facts or {}).get("table")) if original else (None, None)
+                return exchange.from_diffusers(theirs, config, own, table)
+            except (RuntimeError, IndexError, KeyError) as error:  # of torch, for shapes that do not belong together
+                raise ValueError(f"damaged, or not a network of ours ({one_line(error):.200})") from None
 
     ours = convert(lambda file: {key: torch.empty(shape, device="meta") for key, shape in file.shapes.items()})
     shapes = {key: tuple(value.shape) for key, value in ours.items()}
     facts = dict(files[0].facts or {})
-    if (folder.parent / "vae" / "config.json").is_file():
+    is_pipeline = folder.name == "transformer" and (folder.parent / "model_index.json").is_file()
+    if is_pipeline and (folder.parent / "vae" / "config.json").is_file():
         facts["vae"] = str(folder.parent / "vae")
     return Opened(shapes, lambda: convert(lambda file: file.read()), {}, averaged=False, facts=facts)
 
@@ -59,9 +64,10 @@ def list_files(folder, flag="--ckpt"):
 
 
 def digest_folder(path):
-    """A short digest of the weights and the config.json in a folder."""
+    """A short digest of all weights and the config.json in the folder of a transformer."""
     folder = find_transformer(path)
-    digests = [digest_file(file) for file in (folder / "config.json", *list_files(folder))]
+    files = sorted({folder / "config.json", *list_files(folder), *folder.glob("*.safetensors")})
+    digests = [digest_file(file) for file in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
@@ -70,22 +76,31 @@ def write_transformer(folder, exchange, exported, facts):
 
     exported: what the `to_diffusers` of an exchange gives. facts: about the weights, which the file will hold.
     """
-    state, config, original = exported
-    metadata = {"format": "pt", FACTS: json.dumps(plain(facts))}
+    state, config, original, about = exported
+
+    def write(name, tensors, told):
+        metadata = {"format": "pt", FACTS: json.dumps(plain(told))}
+        write_atomically(folder / name, lambda temporary: save_file(tensors, temporary, metadata))
+
     write_json(folder / "config.json", {**config, "_diffusers_version": version("diffusers")})
-    write_atomically(folder / exchange.load().ORIGINAL, lambda temporary: save_file(original, temporary))
-    write_atomically(folder / WEIGHT_FILES[0], lambda temporary: save_file(state, temporary, metadata))
+    write(exchange.load().ORIGINAL, original, about)
+    write(WEIGHT_FILES[0], state, facts)
     return [
         f"from diffusers import {config['_class_name']}",
         f'net = {config["_class_name"]}.from_pretrained("FOLDER")',
     ]
 
 
-def write_pipeline(folder, exchange, exported, facts, space):
-    """Write the folder of a pipeline: transformer, noise schedule, autoencoder of an engine.vae.LatentSpace, labels."""
+def write_pipeline(folder, exchange, exported, facts, space, steps):
+    """Write the folder of a pipeline: transformer, noise schedule, autoencoder of an engine.vae.LatentSpace, labels.
+
+    Returns lines of Python that open it and take so many steps.
+    """
     scheduler = exchange.load().SCHEDULER
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    space.load_codec("cpu").vae.save_pretrained(folder / "vae")
+    codec = space.load_codec("cpu")
+    with write_errors(folder / "vae"):
+        codec.vae.save_pretrained(folder / "vae")
     write_transformer(folder / "transformer", exchange, exported, facts)
     index = {
         "_class_name": exchange.pipeline,
@@ -99,7 +114,7 @@ def write_pipeline(folder, exchange, exported, facts, space):
     return [
         f"from diffusers import {exchange.pipeline}",
         f'pipeline = {exchange.pipeline}.from_pretrained("FOLDER")',
-        "pictures = pipeline(class_labels=[207, 360]).images",
+        f"pictures = pipeline(class_labels=[207, 360], num_inference_steps={steps}).images",
     ]
 
 

@@ -23,6 +23,14 @@ from families.flags import (
 )
 
 
+def share_or_count(text):
+    """A type for a part of the images: a share below 1, or a whole number of them."""
+    value = amount(text)
+    if value >= 1 and value != int(value):
+        raise ValueError(f"{text}: expected a share below 1, or a whole number")
+    return value
+
+
 def tracker_list(text):
     """tensorboard,wandb -> list of those named. Raises ValueError for others."""
     names = [name.strip() for name in text.split(",")]
@@ -113,7 +121,7 @@ FLAGS = [
         "eval-split",
         "images to hold out of training: a share below 1, or a number",
         0.0,
-        type=amount,
+        type=share_or_count,
         shown="none",
         group=TRAINING,
     ),

@@ -3,7 +3,7 @@
 A revision goes behind the name: hf://OWNER/NAME@REVISION. Cache, tokens and HF_HUB_OFFLINE are huggingface_hub's.
 """
 
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import one_line
@@ -16,7 +16,6 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
 )
-VAE_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin")
 
 
 def is_hub_name(name):
@@ -39,18 +38,29 @@ def fetch(name):
         if not file:
             return fetch_folder(repository, revision)
         found = fetch_file(repository, file, revision)
-        with suppress(*missing_errors()):
+        with if_there():
             fetch_file(repository, f"{file}.json", revision)  # facts about the weights
         return found
     except Exception as error:  # it may be any: of the network, of the Hub, of its names
         raise ValueError(f"cannot be fetched from the Hub ({one_line(error):.300})") from None
 
 
-def missing_errors():
-    """What huggingface_hub raises for a file that is not there, or not in the cache of a machine that is offline."""
+@contextmanager
+def if_there():
+    """Pass over a file that is not there, or not in the cache of a machine that is meant to be offline.
+
+    The library's error for the second is also that of a network that fails, which is not passed over.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    return EntryNotFoundError, LocalEntryNotFoundError
+    try:
+        yield
+    except LocalEntryNotFoundError:
+        if not constants.HF_HUB_OFFLINE:
+            raise
+    except EntryNotFoundError:
+        pass
 
 
 def fetch_file(repository, file, revision):
@@ -61,22 +71,28 @@ def fetch_file(repository, file, revision):
 
 def fetch_folder(repository, revision):
     """Fetch what `engine.diffusers_folder` reads of a pipeline or a transformer, and its autoencoder."""
-    try:
-        config, part = fetch_file(repository, "transformer/config.json", revision), "transformer/"
-    except missing_errors():
+    config, part = None, "transformer/"
+    with if_there():
+        config = fetch_file(repository, "transformer/config.json", revision)
+    if not config:
         config, part = fetch_file(repository, "config.json", revision), ""
+    fetch_weights(repository, part, revision)
+    with if_there():
+        if part and fetch_file(repository, "vae/config.json", revision):
+            fetch_weights(repository, "vae/", revision)
     folder = Path(config).parent
-    for file in VAE_FILES if part else ():
-        with suppress(*missing_errors()):
-            fetch_file(repository, file, revision)
+    return str(folder.parent if part else folder)
+
+
+def fetch_weights(repository, part, revision):
+    """Fetch the first of WEIGHT_FILES that is in the folder `part`, and the files that it names."""
     for file in WEIGHT_FILES:
-        with suppress(*missing_errors()):
+        with if_there():
             path = fetch_file(repository, part + file, revision)
             if file.endswith(".index.json"):
                 for shard in list_shards(path):
                     fetch_file(repository, part + shard, revision)
-            break
-    return str(folder.parent if part else folder)
+            return
 
 
 def list_shards(path):

@@ -15,6 +15,7 @@ ABOUT = {  # fact -> how the card says it
     "init": "kept layers started from",
     "vae": "autoencoder",
     "num_classes": "classes",
+    "num_sampling_steps": "steps of the sampler, of which alone it knows the times",
 }
 METRICS = ("is", "fid", "sfid", "precision", "recall")
 
@@ -22,7 +23,7 @@ METRICS = ("is", "fid", "sfid", "precision", "recall")
 def trace_source(name, facts):
     """What weights were made from, nearest first: names of files, as long as there are facts beside them."""
     found = [str(name)]
-    while facts.get("source") and facts["source"] not in found:
+    while isinstance(facts.get("source"), str) and facts["source"] not in found:
         found.append(facts["source"])
         facts = read_facts(facts["source"])
     return found
@@ -39,7 +40,7 @@ def read_metrics(path):
     metrics = read_json("--metrics", path)
     counts = all(type(metrics.get(name)) is int for name in ("samples", "reference_images"))
     numbers = [metrics[name] for name in METRICS if name in metrics]
-    if not counts or not numbers or not all(type(number) in (int, float) for number in numbers):
+    if not counts or not numbers or not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):
         raise InputError(f"--metrics {path}: no numbers of the evaluator; expected what evaluator.py --json writes")
     return metrics
 
@@ -65,14 +66,19 @@ def write_card(path, model, sources, facts, opening, data=None, metrics=None):
     write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
+def show(value):
+    """What a file tells, as words on one line of the card."""
+    return " ".join(str(value).split()).replace("<", "&lt;")
+
+
 def describe_origin(sources, facts, release):
     """Where the weights come from, what was kept, and whose licence holds."""
     lines = ["A diffusion transformer, made shallow with TinyFusion (arXiv 2412.01199)." if "kept" in facts else ""]
     names = [Path(source).name for source in sources]
     lines += [f"- weights: {names[0]}" + "".join(f", made from {name}" for name in names[1:])]
     if "kept" in facts:
-        lines.append(f"- layers that were kept of the original: {facts['kept']}")
-    lines += [f"- {words}: {facts[name]}" for name, words in ABOUT.items() if facts.get(name) is not None]
+        lines.append(f"- layers that were kept of the original: {show(facts['kept'])}")
+    lines += [f"- {words}: {show(facts[name])}" for name, words in ABOUT.items() if facts.get(name) is not None]
     if release and release.license:
         lines.append(f"- licence of the base weights: {release.license}, which holds for these too")
     else:

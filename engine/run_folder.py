@@ -21,7 +21,8 @@ from families import FAMILIES
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
 FREE |= {"dry_run", "shard", "dense", "keep_checkpoints", "keep_every", "init", "finalists", "log_to", "profile"}
 FREE |= {"eval_every", "sample_every", "cfg_scale", "num_sampling_steps"}  # and those of families for sampling
-FREE |= {flag.dest for family in FAMILIES.values() for flag in family.own_flags(["sample"])}
+for family in FAMILIES.values():  # some of a SiT's flags say what is trained, too
+    FREE |= {flag.dest for flag in family.own_flags(["sample"])} - {flag.dest for flag in family.own_flags(["train"])}
 
 
 class RunFolder:
@@ -121,10 +122,12 @@ class RunFolder:
 
     def close(self):
         """Give the folder free."""
-        if self.trackers:
-            self.trackers.close()
-        if self.lock:
-            self.lock.release()
+        try:
+            if self.trackers:
+                self.trackers.close()
+        finally:
+            if self.lock:
+                self.lock.release()
 
     def write_config(self):
         """Write config.json, when the run is sure to go on: a failed start must not change what the folder is of."""
@@ -160,7 +163,7 @@ class RunFolder:
         """Add a row to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         with write_errors(path), open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(plain(row)) + "\n")
         if self.trackers:
             self.trackers.log(row)
 

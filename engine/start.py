@@ -172,11 +172,11 @@ def start_training(settings, run, data, networks, sketch, facts):
     about["inputs"] = inputs
     agree({**describe_for_others(settings, run), **inputs})
     path = run_path(settings.results_dir, settings.prefix, settings.model)
-    check_trackers(settings.log_to)
     keep = (settings.keep_checkpoints, settings.keep_every)
     folder = RunFolder(path, about, facts, settings.resume, *keep, log_to=settings.log_to)
 
     def prepare():
+        check_trackers(settings.log_to)
         remarks = folder.prepare()
         if folder.state:
             sketch.check(folder.state, folder.continued)

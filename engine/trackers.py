@@ -90,17 +90,23 @@ class Trackers:
     def log(self, row):
         """Add a row of metrics: numbers, lists of real numbers as one series each, the rest as text."""
         numbers, texts = split_row(row)
-        for tracker in self.opened:
-            tracker.log(row["step"], numbers, texts)
+        self._tell(lambda tracker: tracker.log(row["step"], numbers, texts))
 
     def show(self, step, path):
         """Add a picture."""
-        for tracker in self.opened:
-            tracker.show(step, path)
+        self._tell(lambda tracker: tracker.show(step, path))
 
     def close(self):
-        for tracker in self.opened:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, do):
+        """do(tracker) for each; one that fails is left out from there on, as the run itself is in its folder."""
+        for tracker in list(self.opened):
+            try:
+                do(tracker)
+            except Exception as error:  # it may be any: of networks, accounts and disks
+                self.opened.remove(tracker)
+                print(f"note: --log-to {tracker.package} fails, and gets no more ({one_line(error):.300})", flush=True)
 
 
 def split_row(row):

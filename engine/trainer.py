@@ -139,11 +139,11 @@ class Trainer:
                 signal, is_last = stop.agreed(self.steps), self.steps == total
                 if self.steps % options.log_every == 0 or is_last:
                     self._log(meter, folder, report)
-                self._look(watch, meter, folder, is_last)
                 if self.steps % options.ckpt_every == 0 or is_last or signal:
                     self._save(meter, folder)
                 if signal and not is_last:
                     raise shared_error(stopped(signal, self.steps))
+                self._look(watch, meter, folder, is_last)
 
     def _log(self, meter, folder, report):
         lr = self.schedule(self.steps) if self.schedule else self.optimizer.param_groups[-1]["lr"]
@@ -157,8 +157,9 @@ class Trainer:
             on_main(lambda: folder.write_metrics({"step": self.steps, **row, **metrics}))
 
     def _look(self, watch, meter, folder, is_last=False):
-        """Look at the network, which does not count as time of training."""
-        if watch:
+        """Look at the network if it is time, which does not count as time of training."""
+        if watch and watch.is_due(self.steps, is_last):
+            meter.check_finite()
             meter.start += watch.look(self.steps, self.watched, folder, is_last)
 
     def _save(self, meter, folder):

@@ -2,12 +2,13 @@
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from engine.data import TrainingData
+from engine.data import TrainingData, network_channels
 from engine.distributed import all_reduce, on_main
-from engine.errors import InputError, RunError, flag_errors
+from engine.errors import InputError, RunError, flag_errors, one_line
 from engine.run import Run, seed_everything
 from engine.sampling import PictureSampler, preview_labels
 from engine.vae import LatentSpace
@@ -44,8 +45,23 @@ class Watch:
         if self.eval_every and not len(self.data.held_out):
             raise InputError(f"--eval-every {self.eval_every}: needs --eval-split, the images that are held out")
         if self.sample_every:
-            on_main(self.space.check_codec)
+            self.space.check_codec()
             self._make_sampler()
+            held = network_channels(self.data.dataset, self.space)
+            if self.space.channels != held:
+                raise InputError(
+                    f"--vae {self.space.vae}: decodes {self.space.channels} channels, but the latents of --data-path "
+                    f"have {held}; take the autoencoder that made them, or leave out --sample-every"
+                )
+
+    @cached_property
+    def codec(self):
+        """The autoencoder, loaded when it is first needed."""
+        return self.space.load_codec(self.run.device)
+
+    def is_due(self, step, is_last):
+        """Whether there is something to look at."""
+        return any(is_due(every, step, is_last) for every in (self.eval_every, self.sample_every))
 
     def _make_sampler(self):
         family = family_of(self.model)
@@ -57,16 +73,13 @@ class Watch:
 
     def look(self, step, net, folder, is_last=False):
         """Evaluate `net` and let it draw if it is time; results go to the RunFolder. Returns the seconds it took."""
-        evaluates, draws = (is_due(every, step, is_last) for every in (self.eval_every, self.sample_every))
-        if not evaluates and not draws:
-            return 0.0
         start, mode = time.monotonic(), net.training
         net.eval()
-        if evaluates:
+        if is_due(self.eval_every, step, is_last):
             loss = self.measure(net)
             folder.log(f"step {step}  held-out loss {loss:.5f}")
             on_main(lambda: folder.write_metrics({"step": step, "held_out_loss": loss}))
-        if draws:
+        if is_due(self.sample_every, step, is_last):
             on_main(lambda: self._draw(step, net, folder), patient=True)
         net.train(mode)
         return time.monotonic() - start
@@ -89,15 +102,15 @@ class Watch:
         return all_reduce(total).item() / len(images)
 
     def _draw(self, step, net, folder):
-        """A grid of always the same labels and noise, as samples/<step, 7 digits>.png. Trouble is said, and no more."""
+        """A grid of always the same labels and noise, as samples/<step, 7 digits>.png. Trouble is only said."""
         path = folder.path / "samples" / f"{step:07d}.png"
         shape = (net.in_channels, self.space.size, self.space.size)
         sampler = self._make_sampler().to(self.run.device)
         try:
-            pictures = PictureSampler(self.run, net, sampler, self.space.load_codec(self.run.device), shape)
+            pictures = PictureSampler(self.run, net, sampler, self.codec, shape)
             pictures.save_grid(path, preview_labels(self.space.num_classes), self.global_seed)
-        except RunError as error:
-            folder.log(f"no picture at step {step}: {error}")
+        except (InputError, RunError, RuntimeError) as error:  # torch's is, above all, of memory
+            folder.log(f"no picture at step {step}: {one_line(error):.300}")
             return
         folder.show(step, path)
 

@@ -6,6 +6,7 @@ so what is exported is DiT's embedding as a table over these (see `tabulate_time
 diffusers also computes the position table itself.
 """
 
+import hashlib
 import math
 
 import torch
@@ -39,6 +40,7 @@ IN_BLOCK = {  # ours -> theirs, one or several whose rows follow each other
     "adaLN_modulation.1": ("norm1.linear",),
 }
 TIME_KEYS = [f"t_embedder.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
+OWN_KEYS = (*TIME_KEYS, "pos_embed")  # of ours, which theirs do not hold
 CONDITION = {  # ours -> theirs, of which every block has a copy
     **{key: key.replace("t_embedder.mlp.0", "timestep_embedder.linear_1") for key in TIME_KEYS[:2]},
     **{key: key.replace("t_embedder.mlp.2", "timestep_embedder.linear_2") for key in TIME_KEYS[2:]},
@@ -85,31 +87,37 @@ def describe(config):
 
 
 def to_diffusers(state, config, steps):
-    """(their state dict, their config.json, what of ours they do not hold) of a DiT's state dict.
+    """(their state dict, their config.json, what of ours they do not hold, facts) of a DiT's state dict.
 
     config: its constructor arguments. steps: of samplers that the weights are for, at times 0, 1000 / steps, ...; a
-    network of width 1,000 or more knows every time. Raises ValueError for a narrower one that cannot tell so many times
-    apart, and for positions that are not the usual ones.
+    network of width 1,000 or more knows every time, of a narrower one the facts tell the steps. They tell a digest of
+    the table of times, too. Raises ValueError for a network that cannot tell so many times apart, and for positions
+    that are not the usual ones.
     """
     from models import position_table
 
     depth, theirs = config["depth"], {}
     usual = position_table(config["hidden_size"], config["input_size"] // config["patch_size"])
-    if (state["pos_embed"].float() - usual).abs().max() > 1e-4:
+    if (state["pos_embed"] - usual.to(state["pos_embed"].dtype)).abs().max() > 1e-4:
         raise ValueError("pos_embed is not the fixed table of a DiT, which diffusers takes")
     for key, parts in name_parts(depth):
         rows = state[key].chunk(len(parts))
         theirs |= {name: part.clone() for name, part in zip(parts, rows, strict=True)}
-    condition = {key: state[key] for key, _ in name_copies(depth)} | tabulate_times(state, steps)
+    table = tabulate_times(state, steps)
+    condition = {key: state[key] for key, _ in name_copies(depth)} | table
     for key, copies in name_copies(depth):
         theirs |= {name: condition[key].clone() for name in copies}
-    return theirs, describe(config), {key: state[key].clone() for key in (*TIME_KEYS, "pos_embed")}
+    facts = {"table": digest_table(table)}
+    if config["hidden_size"] < TIMES:
+        facts["num_sampling_steps"] = steps
+    return theirs, describe(config), {key: state[key].clone() for key in OWN_KEYS}, facts
 
 
-def from_diffusers(state, config, original):
+def from_diffusers(state, config, original, table=None):
     """A DiT's state dict of theirs and of their config.json; tensors may be on the meta device.
 
-    original: the tensors of ORIGINAL, if there are any. Raises ValueError for a network that no DiT is.
+    original: the tensors of ORIGINAL, if there are any. table: the digest of the table that was made of them. Raises
+    ValueError for a network that no DiT is, and for a table that has changed since.
     """
     from models import position_table
 
@@ -126,18 +134,29 @@ def from_diffusers(state, config, original):
             if not ours[key].is_meta and not torch.equal(state[name], ours[key]):
                 raise ValueError(f"{name} is not that of block 0; in a DiT all blocks share one embedding")
     if original:
-        return ours | original
+        own = {key: ours[key] for key in TIME_KEYS}
+        if not own[TIME_KEYS[0]].is_meta and digest_table(own) != table:
+            raise ValueError(f"its embedding of the time is no more the table that was made of {ORIGINAL}")
+        return ours | {key: original[key] for key in OWN_KEYS}
     if is_table(ours[TIME_KEYS[1]]):
         raise ValueError(f"its embedding of the time is a table, and {ORIGINAL}, with what it was made of, is missing")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return ours | {"pos_embed": position_table(width, config["sample_size"] // config["patch_size"])}
 
 
+def digest_table(table):
+    """A short digest of the tensors of TIME_KEYS."""
+    digest = hashlib.sha256()
+    for key in TIME_KEYS:
+        digest.update(table[key].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def check_config(config):
     """Raise ValueError unless a config.json is that of a DiT."""
     sizes = ("num_attention_heads", "attention_head_dim", "num_layers", "sample_size", "patch_size")
     for name in sizes:
-        if type(config.get(name)) is not int or not 0 < config[name] < 1 << 16:
+        if type(config.get(name)) is not int or not 0 < config[name] < 1 << 13:
             raise ValueError(f"config.json: {name} is {config.get(name)!r:.100}; expected a whole number")
     heads, size = config["num_attention_heads"], config["attention_head_dim"]
     for known in SIZES.values():
@@ -183,8 +202,7 @@ def tabulate_times(state, steps):
     units = torch.nn.functional.silu(seen @ table.double().T + threshold.double())[:, : len(times)]
     solved = torch.zeros(width, width, dtype=torch.float64)
     solved[:, : len(times)] = torch.linalg.solve(units, embedded - last).T
-    values = (table, threshold, solved.float(), last.float())
-    return {key: value.to(state[key].dtype) for key, value in zip(TIME_KEYS, values, strict=True)}
+    return dict(zip(TIME_KEYS, (table, threshold, solved.float(), last.float()), strict=True))
 
 
 def sinusoid(times, divisor):

@@ -18,6 +18,7 @@ from engine.sampling import ImageDraws, SamplingPlan
 from engine.vae import LatentSpace
 from engine.weight_files import read_weights
 from families import create_model, depth_name, family_of
+from families.dit_diffusers import OWN_KEYS
 
 STEPS = 10
 
@@ -127,6 +128,37 @@ def test_saved_again_without_the_original(exported, tmp_path):
         Weights(tmp_path, "--ckpt").check_numbers()
 
 
+def test_trained_on_in_diffusers(exported, tmp_path):
+    """What lies beside an export is taken for what the table in it was made of, and for nothing else."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported[1] / "transformer", folder)
+    digest = Weights(folder, "--ckpt").digest
+    original = load_file(folder / "original.safetensors")
+    assert sorted(original) == sorted(OWN_KEYS)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    for key in state:
+        if key.endswith("timestep_embedder.linear_2.weight"):
+            state[key] += 1e-3
+    save_file(state, path, {"format": "pt"})
+    assert Weights(folder, "--ckpt").digest != digest
+    with pytest.raises(InputError, match="its embedding of the time is no more the table"):
+        Weights(folder, "--ckpt").check_numbers()
+
+
+def test_what_is_there_stays(exported, tmp_path):
+    """A folder with something else is no place for an export; an earlier export is."""
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="is not empty, and no earlier export"):
+        run(export_diffusers, ckpt=exported[0], output=tmp_path)
+    with pytest.raises(InputError, match="belongs to --ckpt"):
+        run(export_diffusers, ckpt=exported[1] / "transformer", output=exported[1])
+    for _ in range(2):
+        run(
+            export_diffusers, ckpt=exported[0], output=tmp_path / "new", transformer_only=True, num_sampling_steps=STEPS
+        )
+
+
 def write_foreign(folder, **config):
     """A folder that diffusers made; all blocks share one embedding."""
     torch.manual_seed(0)
@@ -223,6 +255,7 @@ def test_model_card(exported, tmp_path):
     more = {"data": "imagenet-1k", "metrics": tmp_path / "numbers.json", "transformer_only": True}
     run(export_diffusers, ckpt=cut, output=tmp_path / "out", num_sampling_steps=STEPS, **more)
     card = (tmp_path / "out" / "README.md").read_text()
+    assert ("it knows the times: 10" in card) == ("S" in facts["model"])
     for text in (
         '---\nlicense: "cc-by-nc-4.0"\nlibrary_name: "diffusers"\nbase_model: "facebook/DiT-XL-2-256"\n',
         'datasets: ["imagenet-1k"]',

@@ -11,8 +11,10 @@ from disturbed import without_times
 
 from engine.data import LatentDataset, TrainingData
 from engine.errors import InputError
+from engine.run_folder import FREE
 from engine.trackers import split_row
 from engine.weight_files import read_file
+from families import FAMILIES
 
 TRAIN = ["--epochs", 2, "--global-batch-size", 16, "--num-workers", 0, "--log-every", 2, "--ckpt-every", 100]
 HOLD_OUT = ["--eval-split", 0.25]
@@ -162,3 +164,35 @@ def test_tensorboard_of_a_resumed_run(run_script, teacher, latents, tmp_path):
     events = reader.EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+
+
+def test_broken_tracker(run_script, teacher, latents, tmp_path, monkeypatch, capsys):
+    """A tracker that fails is left out, and the run goes on."""
+    pytest.importorskip("tensorboard")
+
+    def fail(*words):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("engine.trackers.TensorBoard.log", fail)
+    words = [*make_command("train", teacher, latents), "--log-to", "tensorboard"]
+    train(run_script, "train", words, tmp_path)
+    assert capsys.readouterr().out.count("note: --log-to tensorboard fails, and gets no more (no space left)") == 1
+
+
+def test_trouble_with_a_picture(run_script, teacher, latents, tmp_path, monkeypatch):
+    """Training does not end for a picture's sake."""
+
+    def fail(*words):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("engine.watch.PictureSampler.save_grid", fail)
+    _, _, run = train(run_script, "train", [*make_command("train", teacher, latents), *LOOK], tmp_path)
+    assert "no picture at step 4: out of memory" in (run / "log.txt").read_text()
+
+
+def test_what_may_change_on_resuming():
+    """Flags of sampling, but no flag that says what is trained."""
+    training = {flag.dest for family in FAMILIES.values() for flag in family.own_flags(["train"])}
+    assert not FREE & training
+    assert {"sampler", "num_iter", "cfg_scale", "eval_every", "log_to"} <= FREE
+    assert not FREE & {"eval_split", "lr", "model"}

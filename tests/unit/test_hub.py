@@ -80,7 +80,7 @@ def test_what_is_fetched_of_a_pipeline(stored):
         (folder / name).write_text("{}")
     assert hub.fetch("hf://me/tiny") == str(folder)
     assert asked[0] == "transformer/config.json"
-    assert asked[-1] == "transformer/diffusion_pytorch_model.bin"
+    assert "transformer/diffusion_pytorch_model.bin" in asked
     assert {name.split("/")[0] for name in asked} == {"transformer", "vae"}
 
 
