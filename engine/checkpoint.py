@@ -1,19 +1,17 @@
 """Files of weights and of training state: opened once, read safely, checked against a model, written whole."""
 
-import json
 import math
 import os
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from engine import hub
 from engine.diffusers_folder import digest_folder, open_folder
 from engine.errors import InputError, flag_errors
-from engine.files import digest_file, download, plain, read_json, write_atomically, write_json
-from engine.weight_files import FACTS, GATES, check_intact, open_weights, read_file, wrong_numbers
+from engine.files import digest_file, download, read_json, write_atomically, write_json
+from engine.weight_files import GATES, check_intact, open_weights, read_file, write_safetensors, wrong_numbers
 from families import RELEASES, SHAPE_ARGUMENTS, describe_shapes, family_of, model_config, sketch_model
 
 
@@ -159,9 +157,7 @@ def save_weights(path, state, **facts):
     # Facts first: weights without theirs would be taken for something else.
     write_json(facts_path(path), facts)
     if str(path).endswith(".safetensors"):
-        contiguous = {key: value.contiguous() for key, value in state.items()}
-        metadata = {"format": "pt", FACTS: json.dumps(plain(facts))}
-        write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+        write_safetensors(path, state, facts)
     else:
         write_atomically(path, lambda temporary: save_anonymously(state, temporary))
 

@@ -1,17 +1,15 @@
 """A folder of diffusers, read as weights of ours or written from them: of a transformer, or a pipeline with one."""
 
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from engine.errors import InputError, flag_errors, one_line
-from engine.files import digest_file, load_json, plain, write_atomically, write_errors, write_json
+from engine.files import digest_file, load_json, write_errors, write_json
 from engine.hub import WEIGHT_FILES, list_shards
-from engine.weight_files import FACTS, Opened, open_weights
+from engine.weight_files import Opened, open_weights, write_safetensors
 from families import find_exchange
 
 
@@ -77,14 +75,9 @@ def write_transformer(folder, exchange, exported, facts):
     exported: what the `to_diffusers` of an exchange gives. facts: about the weights, which the file will hold.
     """
     state, config, original, about = exported
-
-    def write(name, tensors, told):
-        metadata = {"format": "pt", FACTS: json.dumps(plain(told))}
-        write_atomically(folder / name, lambda temporary: save_file(tensors, temporary, metadata))
-
     write_json(folder / "config.json", {**config, "_diffusers_version": version("diffusers")})
-    write(exchange.load().ORIGINAL, original, about)
-    write(WEIGHT_FILES[0], state, facts)
+    write_safetensors(folder / exchange.load().ORIGINAL, original, about)
+    write_safetensors(folder / WEIGHT_FILES[0], state, facts)
     return [
         f"from diffusers import {config['_class_name']}",
         f'net = {config["_class_name"]}.from_pretrained("FOLDER")',

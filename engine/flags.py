@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from engine.trackers import TRACKERS
 from families import model_name
 from families.flags import (
     NEEDED,
@@ -34,9 +35,9 @@ def share_or_count(text):
 def tracker_list(text):
     """tensorboard,wandb -> list of those named. Raises ValueError for others."""
     names = [name.strip() for name in text.split(",")]
-    wrong = [name for name in names if name not in ("tensorboard", "wandb")]
+    wrong = [name for name in names if name not in TRACKERS]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} is not one of tensorboard,wandb")
+        raise ValueError(f"{wrong[0]!r} is not one of {','.join(TRACKERS)}")
     return list(dict.fromkeys(names))
 
 

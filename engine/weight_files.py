@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from engine.errors import InputError
+from engine.files import plain, write_atomically
 
 FACTS = "tinyfusion"  # entry of the metadata of a .safetensors file that holds facts about its weights, as JSON
 ENTRIES = ("ema", "model_ema", "model")  # of a training checkpoint, in order of preference
@@ -140,3 +142,10 @@ def check_intact(path, flag):
         raise InputError(f"{flag} {path}: damaged ({error}); take another file") from None
     if broken:
         raise InputError(f"{flag} {path}: damaged ({broken} has changed since it was written); take another file")
+
+
+def write_safetensors(path, state, facts):
+    """Write tensors, {key: tensor}, as a .safetensors file that holds facts about them."""
+    metadata = {"format": "pt", FACTS: json.dumps(plain(facts))}
+    contiguous = {key: value.contiguous() for key, value in state.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
