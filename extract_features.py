@@ -13,7 +13,12 @@ COMMAND = Command(
     "extract_features",
     __doc__,
     own=(
-        path_flag("data-path", "folder of images, one subfolder per class", required=True, metavar="FOLDER"),
+        path_flag(
+            "data-path",
+            "folder of images, one subfolder per class, or with captions (metadata.jsonl or a .txt beside each)",
+            required=True,
+            metavar="FOLDER",
+        ),
         path_flag("features-path", "folder for the latents", "features", metavar="FOLDER"),
         Flag("batch-size", "images encoded together with their mirrors", 8, type=count, group=SYSTEM),
     ),
@@ -24,17 +29,20 @@ parse_args = COMMAND.resolve
 
 
 def main(settings):
-    from engine.distributed import shared_error
+    from engine.distributed import on_main, shared_error
     from engine.endings import say_next
     from engine.extraction import Extraction
     from engine.images import list_images
+    from engine.prompts import encode_prompts, list_captioned
     from engine.run import Run
     from engine.start import print_start
     from engine.vae import LatentSpace
 
     run = Run(settings.device, settings.precision, settings.global_seed, one_thread=True)
-    pictures = list_images(settings.data_path)
-    pictures.check_classes(settings.data_path, settings.num_classes)
+    family = settings.family
+    pictures = list_captioned(settings.data_path) if family.has_captions else list_images(settings.data_path)
+    if not family.has_captions:
+        pictures.check_classes(settings.data_path, settings.num_classes)
     space = settings.make(LatentSpace, latents=settings.family.latents)
     check_folder("--features-path", settings.features_path)
     codec = space.load_codec(run.device, channels_last=run.precision != "fp32")
@@ -42,6 +50,8 @@ def main(settings):
 
     extraction = Extraction(settings.features_path, run, pictures, space, codec)
     try:
+        if family.has_captions:
+            on_main(lambda: encode_prompts(settings.features_path, settings.model, pictures.classes, space, run), True)
         corrupt = extraction.encode(settings.batch_size, settings.num_workers)
     finally:
         extraction.close()

@@ -9,10 +9,10 @@ Example:
 from pathlib import Path
 
 from engine.cli import Command, launch
-from engine.errors import InputError, check_writable, flag_errors
+from engine.errors import InputError, flag_errors
 from engine.flags import PREVIEW, TRAINING_FLAGS, shared
 from engine.settings import TYPED
-from families import depth_name, model_config, stack_layers
+from families import depth_name, model_config, stack_layers, stack_names
 from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
 
 TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
@@ -76,7 +76,7 @@ COMMAND = Command(
     shared=shared(
         f"{TRAINING_FLAGS} profile", data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999, **PREVIEW
     ),
-    kinds=("train", "sample"),
+    kinds=("train", "sample", "prune"),
     weights=(("load_weight", "model"),),
     latents=True,
     precision="bf16",
@@ -109,7 +109,8 @@ def choose_groups(model, pattern, candidates):
     if pattern is None and "groups" not in config:
         raise InputError(f"--model {model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
     with flag_errors("--pattern", pattern):
-        groups = parse_groups(pattern or format_pattern(config["groups"]), stack_layers(model))
+        stacks = stack_layers(model), stack_names(model)
+        groups = parse_groups(pattern or format_pattern(config["groups"]), *stacks)
         if candidates != "contiguous":
             check_candidates(groups)
         return groups
@@ -136,12 +137,14 @@ def runs_dense(settings, run):
 
 def choose_file(settings):
     """Where the pruned weights go; raises InputError if a file cannot be written, or is one that this run reads."""
+    from engine.pruned import check_target
     from engine.run_folder import run_path
 
-    save_model = settings.save_model or run_path(settings.results_dir, settings.prefix, settings.model) / "pruned.pt"
+    folder = run_path(settings.results_dir, settings.prefix, settings.model)
+    save_model = settings.save_model or folder / settings.family.pruned_file
     inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
     for path in choice_paths(save_model, settings.finalists):
-        check_writable("--save-model", path, **inputs)
+        check_target("--save-model", path, settings.model, **inputs)
     return save_model
 
 
@@ -175,7 +178,7 @@ def make_step(net, teacher, settings):
     from pruning.distillation import DistillStep
     from pruning.pairs import PairStep
 
-    objective, share = settings.family.make_objective(**settings.own("train")), TEACHER_SHARES[settings.target]
+    objective, share = settings.make_objective(), TEACHER_SHARES[settings.target]
     if settings.gate_gradient == "pairs":
         return PairStep(net, objective, share, teacher)
     return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
@@ -255,8 +258,9 @@ def main(settings):
         choices = likeliest(averaged, settings.finalists)
         for place, (path, layers) in enumerate(zip(choice_paths(save_model, len(choices)), choices, strict=True), 1):
             told = {"confidence": confidence} if place == 1 else {"place": place}
-            pruned = cut_layers(weights, layers, settings.init)
-            save_pruned(run, path, pruned, settings.model, space, profiler, **facts, kept=layers, **told)
+            pruned = cut_layers(weights, layers, settings.init, stack_names(settings.model))
+            own = settings.own("prune") if place == 1 else None
+            save_pruned(run, path, pruned, settings.model, space, profiler, own, **facts, kept=layers, **told)
 
     on_main(save_choices, patient=True)
     whole = depth_name(settings.model, stack_layers(settings.model))

@@ -8,10 +8,10 @@ Example:
 """
 
 from engine.cli import Command, launch
-from engine.errors import InputError, RunError, check_writable, flag_errors
+from engine.errors import InputError, RunError, flag_errors
 from engine.flags import PRUNING_FLAGS, shared
 from engine.settings import TYPED
-from families import stack_layers
+from families import fixed_layers, stack_layers, stack_names
 from families.flags import Flag, all_or_count, count, path_text
 
 CRITERIA = ("block-influence", "sensitivity", "flux-lite", "output-change", "magnitude", "random")
@@ -41,7 +41,7 @@ COMMAND = Command(
         Flag("batch-size", "images per batch", 16, type=count),
     ),
     shared=shared(f"{PRUNING_FLAGS} data-path mirror", data_path="data/imagenet/train"),
-    kinds=("train", "sample", "score"),
+    kinds=("train", "sample", "score", "prune"),
     weights=(("ckpt", "model"),),
     latents=True,
 )
@@ -75,7 +75,7 @@ def choose_groups(model, n_pruned, pattern):
             raise InputError(f"--n-pruned {n_pruned}: {model} has {depth} layers; expected 1..{depth - 1}")
         return [[depth - n_pruned, depth]]
     with flag_errors("--pattern", pattern):
-        return parse_groups(pattern, stacks)
+        return parse_groups(pattern, stacks, stack_names(model))
 
 
 def list_choices(settings, groups):
@@ -85,7 +85,8 @@ def list_choices(settings, groups):
     if not settings.search:
         return None
     with flag_errors("--search", settings.search):
-        return draw_choices(groups, stack_layers(settings.model), settings.search, settings.seed)
+        stacks, fixed = stack_layers(settings.model), fixed_layers(settings.model)
+        return draw_choices(groups, stacks, settings.search, settings.seed, fixed)
 
 
 def check_finite(numbers):
@@ -101,7 +102,7 @@ def rank(settings, run, criterion, measured, groups):
     clean = {"clean_steps": settings.num_sampling_steps} if settings.clean_latents else {}
     scores = criterion.measure(*measured, **clean)
     check_finite(scores)
-    removed = criterion.removed(scores, groups)
+    removed = criterion.removed(scores, groups, fixed_layers(settings.model))
     for layer, score in enumerate(scores):
         run.print(
             f"layer {layer:2d}  {criterion.word} {score:{criterion.form}}  {'removed' if layer in removed else 'kept'}"
@@ -139,8 +140,7 @@ def main(settings):
     from engine.distributed import on_main
     from engine.endings import say_recovery
     from engine.file_settings import read_latents
-    from engine.profile import Profiler
-    from engine.pruned import save_preview, save_pruned
+    from engine.pruned import check_target, save_preview, write_choice
     from engine.run import Run
     from engine.sampling import SamplingPlan
     from engine.start import print_start
@@ -150,7 +150,7 @@ def main(settings):
     from pruning.surgery import cut_layers
 
     inputs = {"ckpt": settings.ckpt, "vae": settings.vae, "data_path": settings.data_path}
-    check_writable("--save-model", settings.save_model, **inputs)
+    check_target("--save-model", settings.save_model, settings.model, **inputs)
     groups = choose_groups(settings.model, settings.n_pruned, settings.pattern)
     choices = list_choices(settings, groups)
     run = Run(settings.device, seed=settings.seed)
@@ -174,7 +174,7 @@ def main(settings):
         return
 
     net = weights.build(settings.model, config, run.device).eval()
-    objective = settings.family.make_objective(**settings.own("train")).to(run.device)
+    objective = settings.make_objective().to(run.device)
     if choices:
         kept, facts = search(settings, run, choices, (net, objective, batches), calibration.count)
     else:
@@ -185,13 +185,8 @@ def main(settings):
     pattern = {"pattern": format_pattern(groups)} if settings.pattern else {}
     facts = {"source": weights.name, "kept": kept, "init": settings.init, **pattern, **facts}
     with flag_errors("--n-pruned", settings.n_pruned):
-        pruned = cut_layers(weights.state, kept, settings.init)
-
-    def save():
-        profiler = Profiler(run, settings.model, weights.state) if settings.profile else None
-        return save_pruned(run, settings.save_model, pruned, settings.model, space, profiler, **facts)
-
-    name = on_main(save, patient=True)
+        pruned = cut_layers(weights.state, kept, settings.init, stack_names(settings.model))
+    name = on_main(lambda: write_choice(run, settings, weights.state, pruned, space, **facts), patient=True)
     if settings.preview:
         save_preview(run, plan, settings.save_model, name, settings.seed)
     features = settings.data_path if read_latents(settings.data_path) else "FEATURES"

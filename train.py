@@ -42,7 +42,7 @@ def main(settings):
         return
 
     net = start.build(run.home)
-    step = TrainStep(net, family.make_objective(**settings.own("train")))
+    step = TrainStep(net, settings.make_objective())
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net, family.no_decay), recipe.schedule(data.total_steps)
     trainer = Trainer(run, step, groups, net, options, schedule)

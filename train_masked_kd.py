@@ -90,7 +90,6 @@ def main(settings):
     if not settings.load_teacher:
         raise InputError("--load-teacher: missing; give the weights of the network to learn from")
     run = make_run(settings, COMMAND)
-    family = settings.family
     space, data = open_data(settings)
     watch = make_watch(settings, run, data, space)
     if settings.interval_steps >= data.total_steps:
@@ -113,7 +112,7 @@ def main(settings):
     compiled = run.compiles(settings.compile)
     if compiled:
         compile_blocks(teacher)
-    objective = family.make_objective(**settings.own("train"))
+    objective = settings.make_objective()
     is_relative = settings.relative_beta is not None
     beta = settings.relative_beta if is_relative else settings.beta
     how = (settings.alpha, beta, settings.mask_threshold, is_relative, compiled)

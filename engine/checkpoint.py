@@ -35,6 +35,8 @@ class Weights:
             self.local = hub.fetch(self.name) if hub.is_hub_name(self.name) else self.name
         self.opened = self._open(self.local)
         self.facts = read_facts(self.local, flag) or self.opened.facts or {}
+        if self.opened.model:
+            self.facts = {**self.facts, "model": self.name}
 
     def _open(self, path):
         """The weights in a file or a folder."""
@@ -101,14 +103,16 @@ class Weights:
         """
         told, asked, name = self.describe(model), {**model_config(model), **config}, f"{self.flag} {self.name}"
         for key, flag in (("num_classes", "--num-classes"), ("in_channels", "--vae"), ("input_size", "--image-size")):
-            if key in asked and asked[key] != told[key] and told["model"] == model:
+            if key in asked and key in told and asked[key] != told[key] and told["model"] == model:
                 raise InputError(f"{name}: has {key} {told[key]}, expected {asked[key]}; change {flag}")
-        depths, width = family_of(model).stacks(asked), asked["hidden_size"]
-        if (told["depths"], told["hidden_size"]) != (depths, width):
-            advice = f"take {option} {told['model']}" if told["model"] else "no registered model has this width"
+        depths, width = family_of(model).stacks(asked), asked.get("hidden_size")
+        if (told["depths"], told.get("hidden_size")) != (depths, width):
+            other = told["model"] if told["model"] != model else None
+            advice = f"take {option} {other}" if other else "no registered model has this width"
+            of_width = [f" of width {each}" if each else "" for each in (told.get("hidden_size"), width)]
             raise InputError(
-                f"{name}: has {sum(told['depths'])} layers of width {told['hidden_size']}, but {option} {model} has "
-                f"{sum(depths)} of width {width}; {advice}"
+                f"{name}: has {sum(told['depths'])} layers{of_width[0]}, but {option} {model} has "
+                f"{sum(depths)}{of_width[1]}; {advice}"
             )
         found = {key: tuple(shape) for key, shape in self.file.shapes.items() if not key.startswith(GATES)}
         different = set(found.items()) ^ set(expected_shapes(model, config).items())

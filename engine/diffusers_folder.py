@@ -1,8 +1,7 @@
-"""A folder of diffusers, read as weights of ours or written from them: of a transformer, or a pipeline with one."""
+"""A folder of diffusers, read as weights or written from them: of a transformer, or a pipeline with one."""
 
 import hashlib
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -11,18 +10,23 @@ from engine.files import digest_file, load_json, write_errors, write_json
 from engine.hub import WEIGHT_FILES, list_shards
 from engine.weight_files import Opened, open_weights, write_safetensors
 from families import find_exchange
+from families.of_diffusers import find_folder
 
 
 def open_folder(path, flag):
-    """The weights of the transformer in a folder, as one of ours; see engine.weight_files.Opened.
+    """The weights of the transformer in a folder; see engine.weight_files.Opened.
 
-    Raises InputError for a folder without one, and for one that is no network of ours.
+    Of a class that a family of ours has, they are those of a network of ours; of others, as they are. Raises InputError
+    for a folder without any, and for one that is no network of ours.
     """
     with flag_errors(flag, path):
         folder = find_transformer(path)
         config = load_json(folder / "config.json")
         exchange = find_exchange(config.get("_class_name"))
     files = [open_weights(file, flag) for file in list_files(folder, flag)]
+    if not exchange:
+        shapes = {key: shape for file in files for key, shape in file.shapes.items()}
+        return Opened(shapes, lambda: join_states(files), {}, averaged=False, model=str(path))
     original = open_weights(folder / exchange.ORIGINAL, flag) if (folder / exchange.ORIGINAL).is_file() else None
 
     def convert(get):
@@ -43,11 +47,15 @@ def open_folder(path, flag):
     return Opened(shapes, lambda: convert(lambda file: file.read()), {}, averaged=False, facts=facts)
 
 
+def join_states(files):
+    """The state dict of the network whose parts are in these opened files."""
+    return {key: value for file in files for key, value in file.read().items()}
+
+
 def find_transformer(path):
     """The folder of a transformer: `transformer` in that of a pipeline, or this one. Raises ValueError for another."""
-    for folder in (Path(path) / "transformer", Path(path)):
-        if (folder / "config.json").is_file():
-            return folder
+    if folder := find_folder(path):
+        return folder
     raise ValueError("no config.json in it or in its folder transformer; expected a file, or a folder of diffusers")
 
 

@@ -17,7 +17,12 @@ HIGHEST = {"num_classes": MAX_CLASSES, "image_size": MAX_PIXELS}
 def add_models(layers, command, typed):
     """Add what files and families tell; returns the opened Weights, {setting that names the file: Weights}."""
     defaults = command.defaults()
-    weights = open_files(command, {**defaults, **typed})
+    weights = open_files(command, {**defaults, **typed}, typed)
+    own = {name: each.name for name, each in weights.items() if not each.release}
+    layers.add(own, "of the model's folder")
+    model = typed.get("model") or next((each.facts.get("model") for each in weights.values()), None)
+    told_by_prompts, told_by_folder = tell_settings(model or defaults["model"], typed)
+    layers.add(told_by_prompts, "the number of prompts")
     if command.latents:
         folder = typed.get("data_path", defaults["data_path"])
         told = read_latents(folder)
@@ -30,6 +35,7 @@ def add_models(layers, command, typed):
 
     model = layers.values.get("model", defaults["model"])
     family = family_of(model)
+    layers.add(told_by_folder, f"of {model}")
     if command.scratch and not weights:
         layers.add(family.scratch, f"{family.name} trained from scratch")
     usual = {name: value for name, value in family.defaults_for(command.name).items() if name in defaults}
@@ -44,11 +50,20 @@ def add_models(layers, command, typed):
     return weights
 
 
-def open_files(command, values):
-    """The Weights that the command line names, or that are published for its model."""
+def tell_settings(model, typed):
+    """What the folder of a model tells, see families.of_diffusers.tell_settings."""
+    with flag_errors("--model", model):
+        return family_of(str(model)).tell_settings(str(model), typed)
+
+
+def open_files(command, values, typed):
+    """The Weights that the command line names, or that its models have without, by their folders or as published."""
     average, opened = not values.get("no_ema"), {}
-    for name, _ in command.weights:
+    for name, option in command.weights:
         path, flag = values.get(name), "--" + name.replace("_", "-")
+        if not path and option in typed:
+            with flag_errors(f"--{option}", typed[option]):
+                path = family_of(typed[option]).own_weights(typed[option])
         if not path and name == "ckpt":
             path = default_release(values["model"], values["image_size"])
         if path:
@@ -114,7 +129,7 @@ def add_weights(layers, weights, option, typed, is_first):
     # Only a SiT's weights look like those of another family.
     assumed = f", assumed to be a DiT's; for a SiT say --{option}" if family.name == "DiT" else ""
     layers.add({option: told["model"]}, origin + assumed)
-    if is_first:
+    if is_first and "input_size" in told:
         latents = family_of(facts.get("model") or told["model"] or "DiT").latents
         vae = typed.get("vae") or facts.get("vae") or latents.usual
         with flag_errors("--vae" if typed.get("vae") else f"{weights.flag} {weights.name}.json, vae", vae):

@@ -29,7 +29,7 @@ class NetworkStart:
                 f"{self.option} {self.model}: has gates; take a plain name, or prune_by_learning.py to learn them"
             )
         asked = {**model_config(self.model), **self.config}
-        if asked["input_size"] % asked["patch_size"]:
+        if asked["input_size"] % asked.get("patch_size", 1):
             raise InputError(
                 f"{self.option} {self.model}: patches of {asked['patch_size']} do not divide latents of "
                 f"{asked['input_size']}x{asked['input_size']}; take smaller patches or another --image-size"

@@ -62,7 +62,7 @@ class Profiler:
         key = (model, parameters)
         if key not in self.measured:
             macs, latency, memory = None, None, None
-            if model:  # else no name describes it, and it cannot be built
+            if model and not family_of(model).find_model:  # else it cannot be built from its name alone
                 macs = count_macs(model, config)
                 latency, memory = self.time_forward(model, config, state)
             numbers = (parameters, macs and macs / 1e9, latency, memory)

@@ -3,33 +3,63 @@
 import math
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from engine.checkpoint import Weights, read_facts, save_weights
-from engine.errors import InputError
+from engine.errors import InputError, check_apart, check_folder, check_writable, flag_errors
 from engine.files import plain
-from engine.profile import describe_profile
+from engine.profile import Profiler, describe_profile
 from engine.sampling import preview_labels
-from families import depth_name, describe_shapes
+from families import depth_name, describe_shapes, family_of
 
 
-def save_pruned(run, path, state, model, space, profiler=None, **facts):
+def check_target(flag, path, model, **inputs):
+    """Raise InputError unless pruned weights of `model` can be written to `path`, apart from the inputs.
+
+    A family whose models are folders writes one: a new one, or in place of an earlier network.
+    """
+    if not family_of(model).save:
+        check_writable(flag, path, **inputs)
+        return
+    if not path:
+        raise InputError(f"{flag}: missing; name the folder to write")
+    check_folder(flag, path)
+    check_apart(flag, Path(path) / "config.json", {**inputs, "model": model})
+    held = [entry for entry in Path(path).iterdir()] if Path(path).is_dir() else []
+    if held and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{flag} {path}: is not empty, and no network of diffusers; name a new folder")
+
+
+def save_pruned(run, path, state, model, space, profiler=None, own=None, **facts):
     """Write pruned weights of `model` with their facts; returns the name of the pruned model.
 
     space: the engine.vae.LatentSpace they work on. profiler: an engine.profile.Profiler, whose numbers are shown and
-    recorded; None measures nothing. facts: where they come from, and which layers were kept.
+    recorded; None measures nothing. own: the family's own flags of kind "prune". facts: where they come from, and which
+    layers were kept.
     """
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    depths = describe_shapes(shapes, model)["depths"]
-    name = depth_name(model, depths)
+    depths, family = describe_shapes(shapes, model)["depths"], family_of(model)
+    name = str(path) if family.save else depth_name(model, depths)
     facts |= {"model": name, "num_classes": space.num_classes, "vae": space.vae}
     if profiler:
         facts["profile"] = find_profile(path, facts, profiler) or profiler.compare(state)
-    save_weights(path, state, **facts)
+    if family.save:
+        with flag_errors("--save-model", path):
+            family.save(path, state, model, facts, **(own or {}))
+    else:
+        save_weights(path, state, **facts)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     run.print(f"saved {path}: {sum(depths)} layers, {parameters:,} parameters")
     for line in describe_profile(facts["profile"]) if profiler else ():
         run.print(line)
     return name
+
+
+def write_choice(run, settings, whole, pruned, space, **facts):
+    """save_pruned as the settings of a pruning script say; whole: the state dict before the cut."""
+    profiler = Profiler(run, settings.model, whole) if settings.profile else None
+    own = settings.own("prune")
+    return save_pruned(run, settings.save_model, pruned, settings.model, space, profiler, own, **facts)
 
 
 def find_profile(path, facts, profiler):

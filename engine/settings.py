@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from engine.errors import flag_errors
 from families import family_of
 
 TYPED, DEFAULT = "typed", "default"
@@ -32,8 +33,14 @@ class Settings:
         return family_of(self.model)
 
     def own(self, kind):
-        """The family's own flags of a kind ("train", "sample", "score"), as keyword arguments."""
-        return {flag.dest: self.values[flag.dest] for flag in self.family.own_flags([kind])}
+        """The family's own flags of a kind ("train", "sample", ...) and what it asks besides, as keyword arguments."""
+        names = [flag.dest for flag in self.family.own_flags([kind])] + list(self.family.asks.get(kind, ()))
+        return {name: self.values[name] for name in names if name in self.values}
+
+    def make_objective(self):
+        """The family's objective. Raises InputError for data and flags that it cannot be made from."""
+        with flag_errors("--data-path", self.values.get("data_path")):
+            return self.family.make_objective(**self.own("train"))
 
     def make(self, kind, **others):
         """An object of the dataclass `kind`, whose fields are the settings of these names, or given here."""

@@ -150,7 +150,7 @@ def open_data(settings):
 
 def make_watch(settings, run, data, space):
     """What looks at the network while it is trained; raises InputError for flags that do not fit together."""
-    objective = settings.family.make_objective(**settings.own("train")).to(run.device)
+    objective = settings.make_objective().to(run.device)
     return settings.make(Watch, run=run, data=data, space=space, objective=objective, own=settings.own("sample"))
 
 

@@ -80,8 +80,9 @@ class Pixels:
 
 
 class AutoencoderCodec:
-    """diffusers' AutoencoderKL: pictures (N, 3, H, W) in [-1, 1] <-> scaled latents (N, C, H / factor, W / factor).
+    """An autoencoder of diffusers: pictures (N, 3, H, W) in [-1, 1] <-> latents (N, C, H / factor, W / factor).
 
+    Latents are scaled, and shifted or brought to mean 0 and deviation 1 by channel, as the autoencoder's config says.
     Of a family that samples latents at every visit, `encode` gives the moments: mean and log-variance, unscaled.
     It computes with at most SLICE_PIXELS pixels at once (one picture, if that has more), so that memory does not grow
     with N, and in the precision of its weights; pictures come out in float32.
@@ -90,10 +91,17 @@ class AutoencoderCodec:
     """
 
     def __init__(self, vae, latents, channels_last=False):
+        kind = AUTOENCODERS[type(vae).__name__]
+        channels_last = channels_last and not kind.is_video
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.vae, self.factor = vae.to(memory_format=self.format), 2 ** (len(vae.config.block_out_channels) - 1)
-        self.scale = vae.config.scaling_factor or latents.scale
-        self.channels, self.moments = vae.config.latent_channels, latents.moments
+        self.vae, self.is_video = vae.to(memory_format=self.format), kind.is_video
+        self.factor, self.channels = kind.read(vae.config)
+        self.scale = vae.config.get("scaling_factor") or latents.scale
+        self.shift, self.gain = vae.config.get("shift_factor"), self.scale
+        if kind.is_video and vae.config.get("latents_mean"):
+            mean, std = (torch.tensor(vae.config[f"latents_{name}"], device=vae.device) for name in ("mean", "std"))
+            self.shift, self.gain = mean.view(1, -1, 1, 1), 1 / std.view(1, -1, 1, 1)
+        self.moments = latents.moments
         self.stored_channels = self.channels * (2 if latents.moments else 1)
 
     def noise_shape(self, size):
@@ -107,20 +115,34 @@ class AutoencoderCodec:
 
     def _encode_slice(self, images, noise):
         """`encode` of few pictures."""
-        posterior = self.vae.encode(self._as_taken(images)).latent_dist
+        encoded = self.vae.encode(self._as_taken(images))
+        if not hasattr(encoded, "latent_dist"):
+            return self._scaled(encoded.latent)
+        posterior = encoded.latent_dist
         if self.moments:
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
-        return (posterior.mean + posterior.std * noise) * self.scale
+        mean, std = (self._as_picture(each) for each in (posterior.mean, posterior.std))
+        return self._scaled(mean + std * noise)
+
+    def _scaled(self, latents):
+        return latents * self.gain if self.shift is None else (latents - self.shift) * self.gain
 
     @torch.no_grad()
     def decode(self, latents):
         together = pictures_at_once(*(self.factor * size for size in latents.shape[2:]))
-        parts = (latents / self.scale).split(together)
-        return torch.cat([self.vae.decode(self._as_taken(part)).sample.float() for part in parts])
+        latents = latents / self.gain if self.shift is None else latents / self.gain + self.shift
+        parts = latents.split(together)
+        decoded = (self.vae.decode(self._as_taken(part)).sample for part in parts)
+        return torch.cat([self._as_picture(part).float() for part in decoded])
 
     def _as_taken(self, images):
-        """Pictures or latents in the precision of the weights and in their order of memory."""
-        return images.to(self.vae.dtype).contiguous(memory_format=self.format)
+        """Pictures or latents in the precision of the weights and in their order of memory; of a video, one frame."""
+        images = images.to(self.vae.dtype).contiguous(memory_format=self.format)
+        return images[:, :, None] if self.is_video else images
+
+    def _as_picture(self, tensor):
+        """The way back from one frame."""
+        return tensor[:, :, 0] if self.is_video else tensor
 
 
 def pictures_at_once(height, width):
@@ -133,32 +155,61 @@ def shrink_factor(name, latents):
     return 1 if name == "none" else read_autoencoder(name, latents)[0]
 
 
+@dataclass(frozen=True)
+class AutoencoderKind:
+    """A class of autoencoders.
+
+    sizes: a list in its config with an entry for every size of picture, each half of the one before. channels: what it
+    calls its latent channels. is_video: whether it takes videos, of which a picture is one frame.
+    """
+
+    sizes: str
+    channels: str = "latent_channels"
+    is_video: bool = False
+
+    def read(self, config):
+        """(shrink factor, latent channels) out of a config."""
+        return 2 ** (len(config[self.sizes]) - 1), config[self.channels]
+
+
+AUTOENCODERS = {
+    "AutoencoderKL": AutoencoderKind("block_out_channels"),
+    "AutoencoderDC": AutoencoderKind("encoder_block_out_channels"),
+    "AutoencoderKLQwenImage": AutoencoderKind("dim_mult", "z_dim", is_video=True),
+    "AutoencoderKLWan": AutoencoderKind("dim_mult", "z_dim", is_video=True),
+}
+
+
 def read_autoencoder(name, latents):
     """(shrink factor, latent channels) of the family's autoencoder, or of the one in a local folder."""
     if name in latents.hub or os.path.isfile(name):
         return latents.factor, latents.channels
     path = Path(name) / "config.json"
     if not os.path.lexists(path):
-        raise InputError(f"--vae {name}: no config.json of a diffusers AutoencoderKL; expected such a folder")
+        raise InputError(f"--vae {name}: no config.json of an autoencoder of diffusers; expected such a folder")
     config = read_json("--vae", path)
     with flag_errors("--vae", path):
-        check_autoencoder(config)
-    return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+        return check_autoencoder(config).read(config)
 
 
 def check_autoencoder(config):
-    """Raise ValueError unless the config.json of an autoencoder can be one of an AutoencoderKL."""
-    blocks, scale = config.get("block_out_channels"), config.get("scaling_factor")
+    """The AutoencoderKind of a config.json. Raises ValueError unless it can be one of a known class."""
+    scale = config.get("scaling_factor")
+    kind = AUTOENCODERS.get(str(config.get("_class_name")))
+    if not kind:
+        raise ValueError(f"_class_name is {config.get('_class_name')!r:.100}; expected {' or '.join(AUTOENCODERS)}")
+    sizes, layers = config.get(kind.sizes), config.get("layers_per_block", 1)
     fits = {
-        "_class_name": config.get("_class_name") == "AutoencoderKL",
-        "block_out_channels": isinstance(blocks, list) and len(blocks) > 0 and all(map(is_size, blocks)),
-        "latent_channels": is_size(config.get("latent_channels")),
-        "layers_per_block": is_size(config.get("layers_per_block", 1)),
+        kind.sizes: isinstance(sizes, list) and len(sizes) > 0 and all(map(is_size, sizes)),
+        kind.channels: is_size(config.get(kind.channels)),
+        "layers_per_block": not isinstance(layers, int | float | str) or is_size(layers),
+        "patch_size": config.get("patch_size") is None,  # of pictures before the first layer
         "scaling_factor": scale is None or (type(scale) in (int, float) and 0 < scale < float("inf")),
     }
     wrong = [name for name, is_right in fits.items() if not is_right]
     if wrong:
-        raise ValueError(f"{wrong[0]} is {config.get(wrong[0])!r:.100}; expected that of a diffusers AutoencoderKL")
+        raise ValueError(f"{wrong[0]} is {config.get(wrong[0])!r:.100}; expected that of an {config['_class_name']}")
+    return kind
 
 
 def is_size(value):
@@ -171,11 +222,11 @@ def check_vae(name, latents):
     is_kl16_file = os.path.isfile(name) and latents.moments
     if name != "none" and name not in latents.hub and not os.path.isdir(name) and not is_kl16_file:
         expected = ", ".join([*latents.hub, "none"])
-        raise ValueError(f"no such folder; expected {expected} or a folder with a diffusers AutoencoderKL")
+        raise ValueError(f"no such folder; expected {expected} or a folder with an autoencoder of diffusers")
 
 
 def load_autoencoder(name, latents):
-    """The AutoencoderKL for --vae: from the hub, a local folder, or a file or URL of KL-16."""
+    """The autoencoder for --vae: from the hub, a local folder, or a file or URL of KL-16."""
     source = latents.hub.get(name, name)
     if source.startswith("https://"):
         with flag_errors("--vae", name):
@@ -185,11 +236,15 @@ def load_autoencoder(name, latents):
 
         with flag_errors("--vae", source):
             return build_kl16(read_weights(source, "--vae"))
-    from diffusers.models import AutoencoderKL  # slow to import, and not needed for pixels
+    import diffusers.models  # slow to import, and not needed for pixels
 
+    config = Path(source) / "config.json"
+    kind = read_json("--vae", config)["_class_name"] if config.is_file() else "AutoencoderKL"
     try:
         # The other way of loading needs the package accelerate, and says so at length.
-        vae, found = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True)
+        vae, found = getattr(diffusers.models, kind).from_pretrained(
+            source, low_cpu_mem_usage=False, output_loading_info=True
+        )
         check_complete(vae, found)
     except Exception as error:  # it may be any: diffusers computes with what the files hold
         reason = one_line(error)

@@ -30,6 +30,7 @@ class Opened(NamedTuple):
     checkpoint: dict  # the other entries of a training checkpoint
     averaged: bool  # whether these are the averaged weights of it
     facts: dict | None = None  # that the file itself holds about its weights
+    model: str | None = None  # the name of the model, of a folder of diffusers that is one
 
 
 def open_weights(path, flag, average=True):

@@ -4,19 +4,23 @@ Another family is one new file in this folder and one line here. Importing this 
 """
 
 import importlib
+from contextlib import contextmanager
 
 from families.dit import DIT
 from families.mar import MAR
 from families.names import read_name, write_name
+from families.of_diffusers import DIFFUSERS, is_place
 from families.sit import SIT
 
-FAMILIES = {family.name: family for family in (DIT, SIT, MAR)}
+FAMILIES = {family.name: family for family in (DIT, SIT, MAR, DIFFUSERS)}
 RELEASES = {name: release for family in FAMILIES.values() for name, release in family.releases.items()}
 SHAPE_ARGUMENTS = ("input_size", "num_classes", "in_channels", "learn_sigma")  # constructor arguments shapes may tell
 
 
 def family_of(name):
-    """The family that a model name belongs to: by its first word, DiT otherwise."""
+    """The family that a model name belongs to: diffusers of a folder; else by its first word, DiT otherwise."""
+    if is_place(name):
+        return DIFFUSERS
     return FAMILIES.get(name.partition("-")[0], DIT)
 
 
@@ -28,7 +32,8 @@ def model_name(text):
 
 def model_config(name):
     """Constructor arguments of the model called `name`; see families.names. Raises ValueError for no such model."""
-    return read_name(family_of(name), name)
+    family = family_of(name)
+    return family.find_model(name) if family.find_model else read_name(family, name)
 
 
 def stack_layers(name):
@@ -36,10 +41,25 @@ def stack_layers(name):
     return family_of(name).stacks(model_config(name))
 
 
+def stack_names(name):
+    """Names of the stacks of the model called `name`, as keys of its weights begin, in forward order."""
+    return family_of(name).stack_names(model_config(name))
+
+
+def fixed_layers(name):
+    """Numbers of the layers of the model called `name` that have to stay."""
+    return list(family_of(name).fixed_layers(model_config(name)))
+
+
 def depth_name(name, depths):
-    """The plain name of a pruned `name`: DiT-XL-1-2 with stacks (14,) is DiT-D14/2. None if there is none."""
-    config = model_config(name)
-    return write_name(family_of(name), config["hidden_size"], depths, config["patch_size"])
+    """The plain name of a pruned `name`: DiT-XL-1-2 with stacks (14,) is DiT-D14/2. None if there is none.
+
+    A model that is a folder has its own name, and none at other depths.
+    """
+    family, config = family_of(name), model_config(name)
+    if family.find_model:
+        return name if tuple(depths) == family.stacks(config) else None
+    return write_name(family, config["hidden_size"], depths, config["patch_size"])
 
 
 def create_model(name, **overrides):
@@ -48,12 +68,34 @@ def create_model(name, **overrides):
 
 
 def sketch_model(name, **overrides):
-    """The same on torch's meta device: without memory and random numbers, for shapes and counting."""
+    """The same with parameters on torch's meta device: without their memory and random numbers, to look at or fill."""
     import torch
 
     network = _find_network(name)  # before the context, in which libraries must not be imported for the first time
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), parameters_on_meta():
         return network(**{**model_config(name), **overrides})
+
+
+@contextmanager
+def parameters_on_meta():
+    """Parameters that modules are given meanwhile go to torch's meta device, but for lists of them, such as gates.
+
+    Buffers stay where they are made, as a state dict does not have all of them.
+    """
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def register_empty(module, name, param):
+        if param is not None and not isinstance(module, nn.ParameterList):
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def _find_network(name):
@@ -71,6 +113,8 @@ def describe_shapes(shapes, name=None):
     family = MAR if any(key.startswith("encoder_blocks.") for key in shapes) else DIT
     family = family_of(name) if name else family
     try:
+        if family.describe:
+            return family.describe(shapes, name)
         told = family.read_shapes(shapes)
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"not the weights of a {family.name} ({error})") from None
@@ -78,10 +122,6 @@ def describe_shapes(shapes, name=None):
 
 
 def find_exchange(class_name):
-    """The module that turns weights of diffusers' class `class_name` into ours. Raises ValueError if there is none."""
+    """The module that turns weights of diffusers' class `class_name` into ours; None for a class that stays itself."""
     exchanges = [family.exchange for family in FAMILIES.values() if family.exchange]
-    for exchange in exchanges:
-        if class_name in exchange.classes:
-            return exchange.load()
-    known = " or ".join(name for exchange in exchanges for name in exchange.classes)
-    raise ValueError(f"holds a {class_name} of diffusers; expected a {known}")
+    return next((exchange.load() for exchange in exchanges if class_name in exchange.classes), None)

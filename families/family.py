@@ -80,6 +80,18 @@ class Family:
     releases: dict = field(default_factory=dict)  # file name -> Release
     default_releases: dict = field(default_factory=dict)  # model -> its release by image size
     exchange: Exchange | None = None  # None: diffusers has no such network
+    stack_names: Callable = lambda config: ("blocks",)  # constructor arguments -> names of the stacks in a state dict
+    fixed_layers: Callable = lambda config: ()  # constructor arguments -> layers that have to stay
+    asks: dict = field(default_factory=dict)  # kind -> shared settings that its objective or sampler is made from too
+    has_captions: bool = False  # whether images come with captions, and not in classes
+    # Of a family whose models are folders instead of names:
+    find_model: Callable | None = None  # name -> constructor arguments
+    describe: Callable | None = None  # ({key: shape}, name) -> what `families.describe_shapes` tells
+    own_weights: Callable = lambda name: None  # name -> name of the weights that a model has without another flag
+    tell_settings: Callable = lambda name, typed: ({}, {})  # see families.of_diffusers.tell_settings
+    make_recorder: Callable | None = None  # see families.of_diffusers.make_recorder
+    save: Callable | None = None  # see families.of_diffusers.save
+    pruned_file: str = "pruned.pt"  # usual name of pruned weights in a run folder
 
     def own_flags(self, kinds):
         """The Flags of some kinds, each once."""

@@ -116,6 +116,7 @@ MAR = Family(
     stacks=stacks,
     with_stacks=with_stacks,
     read_shapes=read_shapes,
+    stack_names=lambda config: ("encoder_blocks", "decoder_blocks"),
     flags={
         "train": (
             Flag("mask-ratio-min", "smallest share of hidden tokens", 0.7, type=number(float, 1e-6, 1), group=FAMILY),

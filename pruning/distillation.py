@@ -113,6 +113,13 @@ class DistillStep(nn.Module):
     def teacher(self):
         return self._teacher[0]
 
+    def _compare_features(self, student, teacher):
+        """The feature loss (N,) of hidden states; of several streams the mean of theirs, each masked by itself."""
+        if isinstance(student, tuple | list):
+            pairs = zip(student, teacher, strict=True)
+            return torch.stack([self._compare_features(*pair) for pair in pairs]).mean(0)
+        return masked_feature_loss(student, teacher, self.k, self.compiled)
+
     def forward(self, x, y):
         """Latents x (N, C, H, W), labels y (N,) -> dict of per-sample terms (N,): loss, gt, kd_loss, feat_loss, ..."""
         draw = self.objective.draw(self.net, x, y)
@@ -126,7 +133,7 @@ class DistillStep(nn.Module):
         def compare(layer, before, after):
             if layer in targets:
                 target = targets.pop(layer)
-                losses.append(masked_feature_loss(after, target, self.k, self.compiled))
+                losses.append(self._compare_features(after, target))
                 return target if self.intervals else None
 
         with torch.no_grad():

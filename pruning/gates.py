@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pruning.patterns import candidate_masks, check_candidates, check_groups
+from pruning.patterns import candidate_masks, check_candidates, check_groups, fixed_places
 from pruning.routing import Routes
 
 INITIAL_LOGIT = 0.02
@@ -71,17 +71,23 @@ class LayerGates(nn.ParameterList):
     Parameter g has shape (1, candidates). `tau` and `scaling` are set from outside, as functions of the step.
     candidates: "all"; "contiguous", those that drop layers in a row; or "layers", all of them, but the logit of one is
     the sum of the scores of the layers that it keeps: parameter g has shape (1, M), and every draw tells of all M.
+    fixed: layers that every candidate keeps.
     """
 
-    def __init__(self, groups, depth, candidates="all"):
+    def __init__(self, groups, depth, candidates="all", fixed=()):
         check_groups(groups, depth)
         if candidates != "contiguous":
             check_candidates(groups)
-        tables = [candidate_masks(n, m, candidates == "contiguous") for n, m in groups]
+        stay = fixed_places(groups, fixed)
+        tables = [
+            candidate_masks(n, m, candidates == "contiguous", places)
+            for (n, m), places in zip(groups, stay, strict=True)
+        ]
         sizes = [table.shape[1 if candidates == "layers" else 0] for table in tables]
         super().__init__(nn.Parameter(torch.full((1, size), INITIAL_LOGIT, device="cpu")) for size in sizes)
         self.groups, self.has_scores = [tuple(group) for group in groups], candidates == "layers"
-        self.alike = [[g for g, each in enumerate(self.groups) if each == kind] for kind in dict.fromkeys(self.groups)]
+        kinds = list(zip(self.groups, stay, strict=True))
+        self.alike = [[g for g, each in enumerate(kinds) if each == kind] for kind in dict.fromkeys(kinds)]
         self.tau, self.scaling = 1.0, 1.0
         for g, table in enumerate(tables):
             self.register_buffer(f"candidates_{g}", table, persistent=False)

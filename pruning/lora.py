@@ -1,6 +1,7 @@
 """LoRA: the cheap weight update that stands for the later fine-tuning while gates are learnt (paper, section 3.3)."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -41,6 +42,19 @@ def add_lora(model, rank, alpha=None):
         setattr(model.get_submodule(parent), child, adapted)
         adapters += [adapted.lora_a.weight, adapted.lora_b.weight]
     return adapters
+
+
+@contextmanager
+def adapters_off(model):
+    """Run a network as if it had no adapters."""
+    scales = {module: module.scale for module in model.modules() if isinstance(module, LoRALinear)}
+    try:
+        for module in scales:
+            module.scale = 0.0
+        yield
+    finally:
+        for module, scale in scales.items():
+            module.scale = scale
 
 
 @torch.no_grad()

@@ -57,10 +57,30 @@ def check_borders(groups, stacks):
             raise ValueError(f"pattern {format_pattern(groups)}: {found}; end a group between them")
 
 
-def parse_groups(text, stacks):
-    """parse_pattern over all layers of these stacks; raises ValueError also for a group that crosses between two."""
+def parse_groups(text, stacks, names=()):
+    """parse_pattern over all layers of these stacks; raises ValueError also for a group that crosses between two.
+
+    Stacks with `names` can have patterns of their own: blocks=1:2,single_blocks=2:4; one without stays whole.
+    """
+    if "=" in str(text):
+        return split_pattern(text, dict(zip(names, stacks, strict=True)))
     groups = parse_pattern(text, sum(stacks))
     check_borders(groups, stacks)
+    return groups
+
+
+def split_pattern(text, stacks):
+    """Groups of a text with a pattern for every stack by its name; stacks: {name: depth}."""
+    parts, name = {}, None
+    for part in str(text).replace(" ", "").split(","):
+        if "=" in part:
+            name, _, part = part.partition("=")
+        if name not in stacks:
+            raise ValueError(f"{text!r} has a pattern for {name!r}; the stacks are {', '.join(stacks)}")
+        parts.setdefault(name, []).append(part)
+    groups = []
+    for name, depth in stacks.items():
+        groups += parse_pattern(",".join(parts.get(name, [f"1:1x{depth}"])), depth)
     return groups
 
 
@@ -72,16 +92,24 @@ def check_candidates(groups):
             raise ValueError(f"group {n}:{m} has over {MAX_CANDIDATES:,} candidates: {few}")
 
 
-def candidate_masks(n, m, contiguous=False):
+def fixed_places(groups, fixed):
+    """For every group, the places in it of the layers that have to stay, a tuple of (0..M - 1)."""
+    ends = list(accumulate(m for _, m in groups))
+    return [tuple(f - end + m for f in fixed if end - m <= f < end) for (_, m), end in zip(groups, ends, strict=True)]
+
+
+def candidate_masks(n, m, contiguous=False, fixed=()):
     """All ways to keep n of m layers: (candidates, m) of 0/1 in the order of `itertools.combinations`.
 
     contiguous: only those that drop m - n layers in a row, the first ones first; 8 of the 3,432 of 7:14.
+    fixed: only those that keep the layers at these places; at most n.
     """
     if contiguous:
         starts = range(n + 1) if n < m else (0,)
         kept = [[layer for layer in range(m) if not start <= layer < start + m - n] for start in starts]
     else:
         kept = list(combinations(range(m), n))
+    kept = [layers for layers in kept if set(fixed) <= set(layers)]
     table = torch.zeros(len(kept), m, device="cpu")
     return table.scatter_(1, torch.tensor(kept, device="cpu"), 1.0)
 

@@ -31,34 +31,61 @@ class Routes:
 
     def run(self, stack, layer, x, *context):
         """Tokens x (N, T, D) -> layer `layer` of x for the samples that keep it, x for the others."""
-        block, (kept, skipped) = stack[layer], self.rows[layer]
-        before, y = _run_rows(stack.run, block, kept, (x, *context), stack.together)
+
+        def call(streams, rows, plain):
+            inputs = (*streams, *(take(tensor, rows) for tensor in context))
+            return [(_call if plain else stack.run)(stack[layer], *inputs)]
+
+        return self.route(layer, [x], stack[layer], call, stack.together)[0]
+
+    def route(self, layer, streams, block, call, together=False):
+        """The same for a block that passes on several streams of tokens, each (N, ...): the list of them after it.
+
+        call(streams, rows, plain): the block's streams for some samples, of which `streams` are given and `rows` are
+        the numbers (None: all); plain: without gradients. together: see BlockStack.
+        """
+        kept, skipped = self.rows[layer]
+        before, after = _run_rows(call, kept, streams, together, plain=False)
         idle = []
-        if y is None:  # the parameters still get gradients (of zero), which DDP and the optimizer's averages wait for
-            y, idle = before, [p for p in block.parameters() if p.requires_grad]
-        delta = rest = None
+        if (
+            after is None
+        ):  # the parameters still get gradients (of zero), which DDP and the optimizer's averages wait for
+            after, idle = before, [p for p in block.parameters() if p.requires_grad]
+        deltas = rests = [None] * len(streams)
         if self.mask.requires_grad:
             with torch.no_grad():  # after the pass with gradients: autocast's copies of weights come from the first
-                delta = y - before
-                before, after = _run_rows(_call, block, skipped, (x, *context), stack.together)
-                rest = before if after is None else after - before
-                if torch.is_autocast_enabled(x.device.type):  # as precise as what they are made of
-                    dtype = torch.get_autocast_dtype(x.device.type)
-                    delta, rest = delta.to(dtype), rest.to(dtype)
-        gate = self.mask[:, layer]
-        return _Merge.apply(x, y.to(x.dtype), gate, delta, rest, kept, skipped, self.weight, *idle)
+                deltas = _differences(before, after)
+                before, rests = _run_rows(call, skipped, streams, together, plain=True)
+                rests = before if rests is None else _differences(before, rests)
+                device = streams[0].device.type
+                if torch.is_autocast_enabled(device):  # as precise as what they are made of
+                    dtype = torch.get_autocast_dtype(device)
+                    deltas, rests = ([each.to(dtype) for each in many] for many in (deltas, rests))
+        gate, merged = self.mask[:, layer], []
+        for x, y, delta, rest in zip(streams, after, deltas, rests, strict=True):
+            merged.append(_Merge.apply(x, y.to(x.dtype), gate, delta, rest, kept, skipped, self.weight, *idle))
+            idle = []  # once is enough
+        return merged
 
 
-def _run_rows(run, block, rows, tensors, together):
-    """These rows of tokens, and run(block, ...) of these rows of tokens and context; None for no rows.
+def _run_rows(call, rows, streams, together, plain):
+    """These rows of streams of tokens, and the block's streams of them; None for no rows.
 
     together: without rows the block runs on the first sample and its output is thrown away. A block whose weights are
     sharded among processes needs all of them at every call and in its backward, which brings gradients of zero.
     """
-    inputs = [_take(tensor, rows) for tensor in tensors]
-    if len(inputs[0]):
-        return inputs[0], run(block, *inputs)
-    return inputs[0], run(block, *(tensor[:1] for tensor in tensors))[:0] if together else None
+    before = [take(x, rows) for x in streams]
+    if len(before[0]):
+        return before, call(before, rows, plain)
+    if not together:
+        return before, None
+    first = torch.zeros(1, dtype=torch.long, device=streams[0].device)
+    return before, [out[:0] for out in call([x[:1] for x in streams], first, plain)]
+
+
+def _differences(before, after):
+    """after - before of several tensors."""
+    return [y - x for x, y in zip(before, after, strict=True)]
 
 
 def _call(block, *inputs):
@@ -70,7 +97,7 @@ def _rows(column, start, count):
     return None if count == len(column) else column[start : start + count]
 
 
-def _take(tensor, rows):
+def take(tensor, rows):
     """The rows of a tensor (N, ...), of which None means all."""
     return tensor if rows is None else tensor.index_select(0, rows)
 
@@ -95,12 +122,12 @@ class _Merge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         delta, rest, kept, skipped = ctx.saved_tensors
-        at_kept = _take(g, kept)
+        at_kept = take(g, kept)
         gate = None
         if ctx.needs_input_grad[2]:
             shape, dtype = ctx.gate_shape
             gate = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=g.device)
-            gate[_index(skipped)] = _dot(_take(g, skipped), rest).to(gate.dtype) * ctx.weight
+            gate[_index(skipped)] = _dot(take(g, skipped), rest).to(gate.dtype) * ctx.weight
             if len(at_kept):
                 gate[_index(kept)] = _dot(at_kept, delta).to(gate.dtype)
             gate = gate.to(dtype)

@@ -14,19 +14,27 @@ from torch.nn import functional as F
 from pruning.gates import block_stacks
 
 
+def join_streams(before, after):
+    """Two tensors (N, T, D) of what went into a block and came out: of several streams, the tokens of all together.
+
+    So every token counts as much, whichever stream it belongs to: a mean over tokens is that of the streams, weighted
+    by their lengths.
+    """
+    return tuple(torch.cat(each, dim=1) if isinstance(each, tuple | list) else each for each in (before, after))
+
+
 class TokenObserver:
     """Mean of `compare` for every layer, over calls; used as the `observe` argument of a network.
 
     select: (before, after) -> the two tensors (..., D) to look at, for blocks that pass on several streams of tokens.
     """
 
-    def __init__(self, depth, select=None):
+    def __init__(self, depth, select=join_streams):
         self.sums, self.calls = torch.zeros(depth, dtype=torch.float64), [0] * depth
         self.select = select
 
     def __call__(self, layer, before, after):
-        if self.select:
-            before, after = self.select(before, after)
+        before, after = self.select(before, after)
         self.sums[layer] += self.compare(before, after).item()
         self.calls[layer] += 1
 
@@ -62,7 +70,7 @@ def count_layers(net):
 
 
 @torch.inference_mode()
-def measure_influence(net, objective, batches, clean_steps=None, select=None):
+def measure_influence(net, objective, batches, clean_steps=None, select=join_streams):
     """Block influence (ShortGPT, arXiv 2403.03853): similarity (L,) of what goes into a block and what comes out.
 
     Batches are noised as in training, or clean at steps below `clean_steps`. select: see TokenObserver.
@@ -77,7 +85,7 @@ def measure_influence(net, objective, batches, clean_steps=None, select=None):
 
 
 @torch.inference_mode()
-def measure_change(net, objective, batches, select=None):
+def measure_change(net, objective, batches, select=join_streams):
     """Squared change (L,) by which Flux.1 Lite chose its layers (model card of Freepik/flux.1-lite-8B).
 
     The card says: mean squared error between a block's input and its output. Here the mean is over channels, tokens and
@@ -174,9 +182,9 @@ class Criterion:
     keeps_last: bool = False
     reads_data: bool = True
 
-    def removed(self, scores, groups):
+    def removed(self, scores, groups, fixed=()):
         """Layers that go, ascending, under N:M groups; see least_important."""
-        return least_important(-scores if self.high_goes else scores, groups, self.keeps_last)
+        return least_important(-scores if self.high_goes else scores, groups, self.keeps_last, fixed)
 
 
 CRITERIA = {
@@ -189,18 +197,18 @@ CRITERIA = {
 }
 
 
-def least_important(importance, groups, keeps_last=False):
+def least_important(importance, groups, keeps_last=False, fixed=()):
     """Layers to drop, ascending: of every group N:M the M - N of lowest importance, of equals the earlier.
 
     importance: (L,). groups: as in pruning.patterns, covering L; [[L - n, L]] drops any n layers. keeps_last: the last
-    of all layers stays whatever its importance.
+    of all layers stays whatever its importance. fixed: layers that stay too.
     """
     removed, start = [], 0
     for n, m in groups:
         layers = range(start, start + m)
         order = sorted(layers, key=lambda layer: (float(importance[layer]), layer))
-        if keeps_last and start + m == len(importance):
-            order.remove(start + m - 1)
+        staying = {*fixed, len(importance) - 1} if keeps_last else {*fixed}
+        order = [layer for layer in order if layer not in staying]
         removed += order[: m - n]
         start += m
     return sorted(removed)

@@ -5,24 +5,31 @@ The paper (arXiv 2412.01199) draws 100,000 and compares those of the lowest, med
 
 import math
 import random
-from itertools import chain, combinations, product
+from itertools import accumulate, chain, combinations, product
 
 import torch
+
+from pruning.patterns import fixed_places
 
 MAX_CHOICES = 100_000  # that are measured
 
 
-def count_choices(groups, stacks):
+def count_choices(groups, stacks, fixed=()):
     """Number of ways to keep N of the M layers of every group so that no stack is left empty.
 
-    groups: as in pruning.patterns; either none crosses from one stack to another, or there is a single one.
+    groups: as in pruning.patterns; either none crosses from one stack to another, or there is a single one. fixed:
+    layers that every choice keeps.
     """
+    free = [
+        (n - len(places), m - len(places)) for (n, m), places in zip(groups, fixed_places(groups, fixed), strict=True)
+    ]
     if len(groups) > 1:
-        return math.prod(math.comb(m, n) for n, m in groups)
-    ((n, depth),) = groups
+        return math.prod(math.comb(m, n) for n, m in free)
+    ((n, depth),), ends = free, [*accumulate(stacks)]
+    may_be_empty = [m for m, end in zip(stacks, ends, strict=True) if not any(end - m <= f < end for f in fixed)]
     ways = 0
     for k in range(len(stacks)):  # inclusion and exclusion: less those that leave a stack empty, and so on
-        ways += (-1) ** k * sum(math.comb(depth - sum(empty), n) for empty in combinations(stacks, k))
+        ways += (-1) ** k * sum(math.comb(depth - sum(empty), n) for empty in combinations(may_be_empty, k))
     return ways
 
 
@@ -45,20 +52,20 @@ def group_layers(groups):
     return found
 
 
-def all_choices(groups, stacks):
+def all_choices(groups, stacks, fixed=()):
     """Yield every choice once, as a tuple of kept layers, ascending."""
     for parts in product(*(combinations(layers, n) for n, layers in group_layers(groups))):
         kept = tuple(chain(*parts))
-        if leaves_all(kept, stacks):
+        if leaves_all(kept, stacks) and set(fixed) <= set(kept):
             yield kept
 
 
-def draw_choices(groups, stacks, how_many, seed=0):
+def draw_choices(groups, stacks, how_many, seed=0, fixed=()):
     """`how_many` different choices at random, or all of them for "all" and where there are no more: [(layer, ...)].
 
-    groups, stacks: see count_choices. Raises ValueError if that would be more than MAX_CHOICES, or none.
+    groups, stacks, fixed: see count_choices. Raises ValueError if that would be more than MAX_CHOICES, or none.
     """
-    total = count_choices(groups, stacks)
+    total = count_choices(groups, stacks, fixed)
     number = total if how_many == "all" else min(how_many, total)
     if number > MAX_CHOICES:
         raise ValueError(f"at most {MAX_CHOICES:,} choices are measured, and there are more; take a smaller number")
@@ -66,12 +73,12 @@ def draw_choices(groups, stacks, how_many, seed=0):
         raise ValueError(f"every choice leaves one of the stacks of {stacks} layers empty; keep more layers")
     rng = random.Random(seed)
     if total <= MAX_CHOICES:
-        choices = list(all_choices(groups, stacks))
+        choices = list(all_choices(groups, stacks, fixed))
         return choices if number == total else rng.sample(choices, number)
     found = {}  # in the order they are drawn
     while len(found) < number:
         kept = tuple(chain(*(sorted(rng.sample(layers, n)) for n, layers in group_layers(groups))))
-        if leaves_all(kept, stacks):
+        if leaves_all(kept, stacks) and set(fixed) <= set(kept):
             found[kept] = True
     return list(found)
 

@@ -14,6 +14,7 @@ SCRIPTS = ["extract_features", "train", "train_masked_kd", "sample", "sample_ddp
 SCRIPTS += ["prune_by_learning", "prune_by_score", "prune_by_index"]
 SCRIPTS += ["report_runs", "inspect_weights", "export_diffusers"]
 OURS = {"pruning", "diffusion", "engine", "models", "families", "evaluation", "models_mar", "reporting"}
+OURS |= {"models_diffusers"}
 THIRD = {"torch", "numpy", "tqdm", "timm", "PIL", "diffusers", "safetensors", "scipy", "torchvision", "sklearn"}
 THIRD |= {"huggingface_hub", "wandb"}
 ALLOWED = {  # part -> modules it may import besides the standard library
@@ -21,7 +22,9 @@ ALLOWED = {  # part -> modules it may import besides the standard library
     "diffusion": {"torch", "numpy", "tqdm", "diffusers", "torchdiffeq", "diffusion"},
     "models.py": {"torch", "timm", "families.dit", "families.sit", "pruning.gates"},
     "models_mar.py": {"torch", "timm", "models", "families.mar", "pruning.gates", "pruning.patterns"},
+    "models_diffusers.py": {"torch", "diffusers", "families", "pruning", "engine.errors"},
     "families": {"torch", "diffusion", "families"},
+    "families/of_diffusers.py": {"diffusion", "families", "pruning.surgery", "engine.files", "engine.hub"},
     "families/dit_diffusers.py": {"torch", "numpy", "scipy", "families", "models"},
     "evaluation": {
         "torch",
@@ -36,7 +39,7 @@ ALLOWED = {  # part -> modules it may import besides the standard library
         "engine.threads",
     },
     "reporting": {"reporting", "engine.files", "engine.errors"},
-    "engine": (OURS | THIRD) - {"pruning", "models", "models_mar", "evaluation", "reporting"}
+    "engine": (OURS | THIRD) - {"pruning", "models", "models_mar", "models_diffusers", "evaluation", "reporting"}
     | {"pruning.gates", "pruning.patterns"},
 }
 

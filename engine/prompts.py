@@ -1,0 +1,174 @@
+"""Captions of pictures: found in a folder, and encoded once as the pipeline of a transformer encodes them."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.pipeline_call import describe_argument, find_layout, find_names, find_output
+from diffusion.prompts import Call, list_parts
+from engine.data import write_array
+from engine.errors import InputError, flag_errors
+from engine.files import is_picture, write_atomically, write_errors, write_json
+from engine.images import PictureList, is_hidden
+from engine.run import DTYPES
+from families import family_of
+
+BATCH = 16  # prompts that are encoded together
+CAPTION_FILE = "metadata.jsonl"
+
+
+def list_captioned(folder):
+    """The PictureList of a folder of captioned pictures, in sorted order; its classes are the captions.
+
+    A caption is the `text` of a line of metadata.jsonl, whose `file_name` is the picture, or a .txt of its name beside
+    it. Raises InputError for a folder without pictures, and for a picture without a caption.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if is_picture(path) and not is_hidden(path, folder))
+    if not paths:
+        raise InputError(f"--data-path {folder}: no images; expected pictures with captions")
+    told, numbers, labels = read_captions(folder), {}, []
+    for path in paths:
+        text = told.get(path)
+        if text is None and path.with_suffix(".txt").is_file():
+            text = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        if text is None:
+            raise InputError(
+                f"--data-path {folder}: {path.relative_to(folder)} has no caption; expected a line of {CAPTION_FILE} "
+                f"with its file_name and text, or {path.with_suffix('.txt').name} beside it"
+            )
+        labels.append(numbers.setdefault(text, len(numbers)))
+    return PictureList(paths, labels, list(numbers))
+
+
+def read_captions(folder):
+    """{path: caption} of all metadata.jsonl files below a folder."""
+    told = {}
+    for file in sorted(folder.rglob(CAPTION_FILE)):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            with flag_errors("--data-path", f"{file}, line {number}"):
+                row = json.loads(line) if line.strip() else {}
+                name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+                if row and not (isinstance(name, str) and isinstance(text, str)):
+                    raise ValueError("expected a JSON object with file_name and text")
+            if row:
+                told[file.parent / name] = text
+    return told
+
+
+def encode_prompts(folder, model, texts, space, run):
+    """Write the folder `prompts` of encoded pictures: how the transformer is called, and what prompts give it.
+
+    model: a pipeline. space: the engine.vae.LatentSpace of the pictures. An empty prompt follows the `texts`.
+    Embeddings are computed in the run's precision; those of half precision are kept in float16. Nothing is done where
+    all is there already. Raises InputError for a pipeline that training could not follow.
+    """
+    target, half = Path(folder) / "prompts", run.precision != "fp32"
+    if (target / "call.json").is_file():
+        return
+    with flag_errors("--model", model):
+        recorder = family_of(model).make_recorder(model, run.device, DTYPES[run.precision])
+        call = describe_call(recorder, texts, space)
+    with flag_errors("--model", model), write_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for path, part in list_parts(call.template):
+            if "constant" in part:
+                write_array(target / f"{path}.npy", part["constant"].cpu().numpy())
+                part["constant"] = None
+        write_rows(target, call, recorder, [*texts, ""], space, half)
+        about = asdict(call)
+        del about["folder"]
+        write_json(target / "call.json", about)
+
+
+def describe_call(recorder, texts, space):
+    """The Call of a pipeline, with tensors for constants. Raises ValueError for what training could not follow."""
+    longest = max(texts, key=len, default="")
+    seen = recorder.record([longest], space.image_size)
+    one, names, output = seen.arguments[0], find_names(seen), find_output(seen)
+    layout = find_layout(one[names["latents"]].shape, (space.channels, space.size, space.size))
+    two = recorder.record([longest, ""], space.image_size).arguments[0]
+    template = {}
+    for name in two:
+        if name not in (names["latents"], names["time"]):
+            with flag_errors("argument", name):
+                template[name] = describe_argument(one.get(name), two[name])
+    scheduler = recorder.pipeline.scheduler
+    config = {**json.loads(scheduler.to_json_string()), "_class_name": type(scheduler).__name__}
+    known = {"layout": layout, "output": output, "template": template, "scheduler": config}
+    return Call(recorder.class_name, **names, **known, count=len(texts), cut=[])
+
+
+def write_rows(target, call, recorder, texts, space, half):
+    """Write the arrays with a row for every prompt, one batch after another, and join these.
+
+    Where a batch has as many tokens as its longest prompt, rows are filled up with zeros, and `call.cut` tells.
+    Raises ValueError if there is no mask that says so to the transformer.
+    """
+    paths = [path for path, part in list_parts(call.template) if "rows" in part]
+    starts, lengths, sizes = range(0, len(texts), BATCH), [], {path: set() for path in paths}
+    for start in tqdm(starts, desc="encoding prompts"):
+        batch = texts[start : start + BATCH]
+        given = recorder.record(batch, space.image_size).arguments[0]
+        arrays = {path: to_array(find_value(given, path), half) for path in paths}
+        tokens = max((a.shape[1] for a in arrays.values() if a is not None and a.ndim == 3), default=0)
+        masks = [path for path in paths if is_mask(path)]
+        for path in paths:
+            if arrays[path] is None and path in masks:
+                arrays[path] = np.ones((len(batch), tokens), np.int64)
+            np.save(target / f"{path}-{start}.npy", arrays[path])
+            sizes[path].add(arrays[path].shape[1:])
+        lengths += list(arrays[masks[0]].astype(bool).sum(1) if masks else [tokens] * len(batch))
+    call.cut = [path for path in paths if len(sizes[path]) > 1]
+    if call.cut and not any(is_mask(path) for path in paths):
+        raise ValueError("the pipeline gives prompts of different lengths without a mask; such cannot be batched")
+    for path in paths:
+        join_rows(target, path, starts, len(texts), tuple(max(each) for each in zip(*sizes[path], strict=True)))
+    write_array(target / "lengths.npy", np.array(lengths))
+
+
+def join_rows(target, path, starts, count, shape):
+    """Write <path>.npy of `count` rows of a shape out of the files of its batches, which are removed."""
+    parts = [target / f"{path}-{start}.npy" for start in starts]
+    first = np.load(parts[0], mmap_mode="r")
+
+    def write(temporary):
+        joined = np.lib.format.open_memmap(temporary, "w+", first.dtype, (count, *shape))
+        for start, part in zip(starts, parts, strict=True):
+            rows = np.load(part, mmap_mode="r")
+            joined[(slice(start, start + len(rows)), *(slice(size) for size in rows.shape[1:]))] = rows
+        joined.flush()
+
+    write_atomically(target / f"{path}.npy", write, make_folder=False)
+    for part in parts:
+        os.unlink(part)
+
+
+def is_mask(path):
+    return "mask" in path
+
+
+def find_value(given, path):
+    """The value at a path such as added_cond_kwargs.resolution of nested dicts."""
+    for name in path.split("."):
+        given = given[name]
+    return given
+
+
+def to_array(value, half):
+    """A tensor of a pipeline as an array: whole numbers as they are, others in float32, or float16.
+
+    Raises ValueError for numbers that are not finite there.
+    """
+    if value is None:
+        return None
+    array = value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float16) if half and array.dtype == np.float32 and array.ndim > 1 else array
+    if not np.isfinite(array).all():
+        raise ValueError("an embedding of a prompt is not finite, or too large for float16; take --precision fp32")
+    return array

@@ -1,0 +1,254 @@
+"""Any transformer of diffusers: a model's name is a folder of diffusers, of a pipeline or a transformer, or hf://...
+
+What the network takes besides latents and time is recorded from the pipeline (`diffusion/prompts.py`) when pictures and
+captions are encoded. Objective and sampler follow the pipeline's scheduler.
+"""
+
+import importlib
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+from families.dit import DIT
+from families.family import Family, Latents
+from families.flags import FAMILY, Flag, above_zero, amount, path_flag, share
+
+HUB = "hf://"
+NETWORK = "models_diffusers"  # module of the networks; imported when it is needed, as torch comes with it
+TOKENS = ("img_ids", "img_shapes")  # arguments of networks that take latents as tokens of 2 x 2, made by the pipeline
+
+
+def find_folder(name):
+    """The folder of a transformer: `transformer` in that of a pipeline, or this one; None if it is neither."""
+    folders = (Path(name) / "transformer", Path(name))
+    return next((folder for folder in folders if os.path.isfile(folder / "config.json")), None)
+
+
+def is_place(name):
+    """Whether a model's name is a folder of diffusers, or one on the Hub."""
+    return name.startswith(HUB) or (len(name) < 4000 and find_folder(name) is not None)
+
+
+@lru_cache
+def locate(name):
+    """Where the folder called `name` is on this machine; one of the Hub is fetched."""
+    from engine.hub import fetch
+
+    return fetch(name) if name.startswith(HUB) else name
+
+
+def find_model(name):
+    """Constructor arguments of the network in a folder. Raises ValueError for none, and for one of DiT's own family."""
+    folder = find_folder(locate(name))
+    if folder is None:
+        raise ValueError(
+            f"{name!r} has no config.json in it or in its folder transformer; expected a folder of diffusers"
+        )
+    from engine.files import load_json
+
+    config = load_json(folder / "config.json")
+    class_name = config.get("_class_name")
+    if class_name in DIT.exchange.classes:
+        raise ValueError(f"{name} holds a {class_name}; take --model DiT-XL/2 and give the folder as weights")
+    return {"class_name": class_name, "config": {key: value for key, value in config.items() if key[0] != "_"}}
+
+
+def network_module():
+    return importlib.import_module(NETWORK)
+
+
+def find_stacks(config):
+    return network_module().find_stacks(config["class_name"], config["config"])
+
+
+def describe(shapes, name):
+    """What {key: shape} of a state dict of the network `name` tells: depths of its stacks, channels of its latents."""
+    from pruning.surgery import stack_depths
+
+    config = find_model(name)
+    depths = tuple(stack_depths(shapes, stack_names(config)).values())
+    return {"model": name, "depths": depths, "in_channels": count_channels(config)}
+
+
+def count_channels(config):
+    """Channels of the latents; a network that takes tokens has four times as many."""
+    channels = config["config"].get("in_channels")
+    if type(channels) is not int or channels < 1:
+        raise ValueError(f"config.json has in_channels {channels!r:.100}; expected a whole number")
+    return channels // 4 if takes_tokens(config) else channels
+
+
+def takes_tokens(config):
+    """Whether the pipeline packs 2 x 2 latents into a token."""
+    return any(name in TOKENS for name in network_module().list_arguments(config["class_name"]))
+
+
+def stack_names(config):
+    return tuple(stack.name for stack in find_stacks(config))
+
+
+def find_own_weights(name):
+    """The model's name, if its folder holds weights too."""
+    from engine.hub import WEIGHT_FILES
+
+    folder = find_folder(locate(name))
+    return name if any((folder / file).is_file() for file in WEIGHT_FILES) else None
+
+
+def find_pipeline(name):
+    """The folder of a pipeline that a model belongs to: its own, or that of the model it was cut out of; else None."""
+    from engine.files import load_json
+
+    seen = set()
+    while name and name not in seen:
+        seen.add(name)
+        if name.startswith(HUB) or (Path(name) / "model_index.json").is_file():
+            return name
+        facts = Path(f"{str(name).rstrip('/')}.json")
+        name = load_json(facts).get("source") if facts.is_file() else None
+    return None
+
+
+def read_prompts(prompts, data_path=None):
+    """The list of prompts that --prompts gives: lines of a file, or one prompt; else the captions of encoded data."""
+    from engine.files import load_json
+
+    if prompts and os.path.isfile(prompts):
+        return [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if prompts:
+        return [prompts]
+    metadata = Path(data_path or "") / "metadata.json"
+    return load_json(metadata).get("classes", []) if data_path and metadata.is_file() else []
+
+
+def tell_settings(name, typed):
+    """Settings that the prompts tell, {setting: value}, and those that the model's folder tells.
+
+    typed: {setting: value} of the command line. Prompts are stronger than what is recorded with latents and weights,
+    the folder is weaker.
+    """
+    pipeline = find_pipeline(name)
+    folder = Path(locate(pipeline)) if pipeline else None
+    has_vae = folder and (folder / "vae" / "config.json").is_file()
+    prompts = {"num_classes": len(read_prompts(typed["prompts"]))} if typed.get("prompts") else {}
+    return prompts, {"vae": str(folder / "vae")} if has_vae else {}
+
+
+def make_recorder(name, device, dtype):
+    """What records how a pipeline calls its transformer; device and dtype: of its text encoders."""
+    from diffusion.pipeline_call import PipelineRecorder
+
+    place = find_pipeline(name)
+    if not place:
+        raise ValueError(
+            "is a transformer alone; give the pipeline that it is for, whose encoders and autoencoder it has"
+        )
+    return PipelineRecorder(locate(place), **find_model(name), device=device, dtype=dtype)
+
+
+def make_objective(*, model, data_path, prompt_dropout, time_sampling, shift, guidance):
+    """Flow matching or noise prediction, as the pipeline's scheduler says, on the prompts encoded with the latents."""
+    from diffusion.prompts import Call, PromptObjective
+
+    call = Call.read(Path(data_path) / "prompts")
+    expected = find_model(model)["class_name"]
+    if call.network != expected:
+        raise ValueError(f"--data-path {data_path}: prompts are for a {call.network}, --model {model} is a {expected}")
+    return PromptObjective(call, prompt_dropout, time_sampling, shift, guidance)
+
+
+def make_sampler(num_sampling_steps, cfg_scale, *, model, pipeline, prompts, data_path=None):
+    """The model's pipeline, with its scheduler and text encoders."""
+    from diffusion.prompts import PipelineSampler
+
+    place = pipeline or find_pipeline(model)
+    if not place:
+        raise ValueError(f"--pipeline: missing; {model} has only a transformer, give the pipeline that it is for")
+    texts = read_prompts(prompts, data_path)
+    if not texts:
+        raise ValueError("--prompts: missing; give a prompt, or a file with one in a line")
+    config = find_model(model)
+    return PipelineSampler(locate(place), texts, num_sampling_steps, cfg_scale, takes_tokens(config))
+
+
+def save(path, state, model, facts, export_pipeline=None):
+    """Write the transformer that is left of `model` as a folder of diffusers, facts beside it; and the whole pipeline.
+
+    state: of the cut network. facts: `kept` among them, the layers of `model` that it has.
+    """
+    from engine.files import write_json
+
+    config = find_model(model)
+    network_module().save_network(path, config["class_name"], config["config"], state, facts["kept"])
+    write_json(f"{path}.json", facts)
+    if export_pipeline:
+        copy_pipeline(locate(find_pipeline(model)), path, export_pipeline)
+
+
+def copy_pipeline(pipeline, transformer, target):
+    """Write a whole pipeline: a copy of the one in a folder, with the transformer of another folder in it."""
+    from engine.files import write_errors
+
+    with write_errors(target):
+        ignored = shutil.ignore_patterns("transformer", ".*")
+        shutil.copytree(pipeline, target, ignore=ignored, dirs_exist_ok=True)
+        shutil.copytree(transformer, Path(target) / "transformer", dirs_exist_ok=True)
+
+
+def own(name, help, default, **options):
+    return Flag(name, help, default, group=FAMILY, **options)
+
+
+DIFFUSERS = Family(
+    name="diffusers",
+    network=f"{NETWORK}.make_network",
+    models={},
+    base="",
+    latents=Latents(hub={}, factor=8, channels=4, scale=1.0),
+    make_objective=make_objective,
+    make_sampler=make_sampler,
+    sampler_label=lambda num_sampling_steps, **_: f"pipeline-{num_sampling_steps}",
+    stacks=lambda config: tuple(stack.depth for stack in find_stacks(config)),
+    with_stacks=None,
+    read_shapes=None,
+    find_model=find_model,
+    describe=describe,
+    stack_names=stack_names,
+    fixed_layers=lambda config: network_module().fixed_layers(find_stacks(config)),
+    own_weights=find_own_weights,
+    tell_settings=tell_settings,
+    has_captions=True,
+    make_recorder=make_recorder,
+    save=save,
+    pruned_file="pruned",
+    asks={"train": ("model", "data_path"), "sample": ("model", "data_path")},
+    flags={
+        "train": (
+            own("prompt-dropout", "share of captions that become the empty prompt", 0.1, type=share),
+            own("time-sampling", "times of flow matching", "logit-normal", choices=("logit-normal", "uniform")),
+            own("shift", "shift of these times towards noise", None, type=above_zero, shown="the scheduler's"),
+            own("guidance", "what networks with an embedding of the guidance are told", 3.5, type=amount),
+        ),
+        "sample": (
+            own("prompts", "a prompt, or a file with one in a line", None, shown="the captions of --data-path"),
+            path_flag(
+                "pipeline",
+                "pipeline of the network",
+                shown="that of --model, or of what it was cut out of",
+                metavar="FOLDER",
+                group=FAMILY,
+            ),
+        ),
+        "prune": (
+            path_flag(
+                "export-pipeline",
+                "also write the whole pipeline with the pruned network",
+                shown="no",
+                metavar="FOLDER",
+                group=FAMILY,
+            ),
+        ),
+    },
+    defaults={"all": {"num_sampling_steps": 20}},
+)

@@ -1,0 +1,511 @@
+"""Any transformer of diffusers as a network of ours: its blocks become stacks that masks, gates and observers act on.
+
+Nothing of the class is rewritten. A network is an object of diffusers' own class with its own parameter names; every
+block's `forward` is replaced, in that object, by a `Routed` that may leave the block out, sample by sample. How many
+blocks a stack has, which number of the config says so, and which streams of tokens a block passes on are found by
+asking the class, not from a list of classes; what does not add up is refused with the reason.
+"""
+
+import ast
+import copy
+import inspect
+import json
+import re
+import tempfile
+import textwrap
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from engine.errors import InputError
+from families import parameters_on_meta
+from pruning.gates import BlockStack, LayerGates, choose_layers
+from pruning.lora import adapters_off
+from pruning.routing import Routes, take
+from pruning.surgery import keep_layers
+
+DEPTH_FIELD = re.compile("layer|depth|block")  # names of numbers in a config that may say how deep a stack is
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of blocks: the name of its ModuleList, its depth, and the number of the config that says so.
+
+    has_lists: whether lists of the config about layers are about these (of several stacks, the first).
+    keeps_last: the last block is unlike the others, and has to stay.
+    """
+
+    name: str
+    depth: int
+    field: str
+    has_lists: bool = True
+    keeps_last: bool = False
+
+
+def find_stacks(class_name, config):
+    """The Stacks of a network, a tuple in forward order. Raises ValueError, with the reason, if none can be cut."""
+    return _find_stacks(class_name, json.dumps(config, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=32)
+def _find_stacks(class_name, text):
+    config = json.loads(text)
+    net = sketch(class_name, config)
+    depths, found, shared = list_depths(net), {}, {}
+    for field in (name for name, value in config.items() if DEPTH_FIELD.search(name) and is_depth(value)):
+        changed = find_changed(class_name, config, field, depths)
+        if len(changed) == 1:
+            found.setdefault(changed[0], field)
+        for name in changed if len(changed) > 1 else ():
+            shared[name] = f"{' and '.join(changed)} have one depth, {field}"
+    reasons = {name: shared.get(name, "no number of its config says how deep it is") for name in depths}
+    stacks = []
+    for name in (name for name in depths if name in found):  # modules are listed in the order of their making
+        stack = Stack(name, depths[name], found[name], has_lists=not stacks)
+        whole = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+        try:
+            stacks.append(check_stack(class_name, config, whole, stack))
+        except ValueError as error:
+            reasons[name] = str(error)
+    if not stacks:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no stack of blocks"
+        raise ValueError(f"{class_name} cannot be cut ({told})")
+    return tuple(stacks)
+
+
+def is_depth(value):
+    """Whether a value of a config can be a number of blocks of which some can go."""
+    return type(value) is int and 2 <= value <= 1000
+
+
+def list_depths(net):
+    """{name: number of blocks} of the ModuleLists of a network that can be stacks."""
+    lists = {name: module for name, module in net.named_children() if isinstance(module, nn.ModuleList)}
+    return {name: len(blocks) for name, blocks in lists.items() if len(blocks) > 1}
+
+
+def find_changed(class_name, config, field, depths):
+    """Names of the ModuleLists that lose a block when the config's number `field` is one less."""
+    try:
+        other = list_depths(sketch(class_name, {**config, field: config[field] - 1}))
+    except Exception:  # it may be any: of the class, for a number that has to fit to others
+        return []
+    return [name for name, depth in depths.items() if other.get(name, 1) == depth - 1]
+
+
+def check_stack(class_name, config, whole, stack):
+    """The Stack, knowing whether its last block has to stay. Raises ValueError with what is in the way of cutting it.
+
+    whole: {key: shape} of the network.
+    """
+    layers, last = list(range(stack.depth)), stack.depth - 1
+    for keeps_last in (False, True):
+        choices = [layers[1:], [*layers[: last // 2], *layers[last // 2 + 1 :]], layers[last % 2 :: 2]]
+        choices += [] if keeps_last else [layers[:-1]]
+        wrong = next(filter(None, (find_misfit(class_name, config, whole, stack, kept) for kept in choices)), None)
+        if not wrong:
+            return replace(stack, keeps_last=keeps_last)
+    raise ValueError(f"the blocks that are left do not fit a shallower network, first {wrong}")
+
+
+def find_misfit(class_name, config, whole, stack, kept):
+    """The first key that differs between a stack cut to the layers `kept` and the class with such a config, or None."""
+    try:
+        expected = sketch(class_name, cut_config(config, (stack,), kept)).state_dict()
+    except Exception as error:  # it may be any: of the class
+        return f"a config that it does not take ({str(error)[:100]})"
+    left = keep_layers(whole, kept, (stack.name,))
+    different = set(left.items()) ^ {(key, tuple(value.shape)) for key, value in expected.items()}
+    return min(different)[0] if different else None
+
+
+def cut_config(config, stacks, kept):
+    """The config of a network with only the layers `kept`, which are numbered through the stacks.
+
+    Lists with a value for every layer lose those of dropped ones, and lists of numbers of layers are renumbered.
+    """
+    cut, start = copy.deepcopy(config), 0
+    for stack in stacks:
+        layers = [layer - start for layer in kept if start <= layer < start + stack.depth]
+        cut[stack.field] = len(layers)
+        for name, value in config.items() if stack.has_lists else ():
+            if name != stack.field:
+                cut[name] = cut_list(name, value, stack.depth, layers)
+        start += stack.depth
+    return cut
+
+
+def cut_list(name, value, depth, layers):
+    """A config's value without the layers that are not in `layers`, if it is a list of or about all layers."""
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    if name.endswith("layers") and all(type(each) is int and 0 <= each < depth for each in value):
+        return [layers.index(each) for each in value if each in layers]
+    return [value[layer] for layer in layers] if len(value) == depth and "layer" in name else value
+
+
+def sketch(class_name, config):
+    """The plain network of diffusers without memory: parameters on torch's meta device."""
+    with torch.random.fork_rng(devices=[]), parameters_on_meta():
+        return build_class(class_name, config)
+
+
+@cache
+def find_class(class_name):
+    """Diffusers' class of that name. Raises ValueError if there is no such network."""
+    import diffusers  # slow to import
+    from diffusers.models import transformers
+
+    network = getattr(transformers, str(class_name), None)
+    if not (isinstance(network, type) and issubclass(network, diffusers.ModelMixin)):
+        raise ValueError(f"diffusers {diffusers.__version__} has no transformer called {class_name}")
+    return network
+
+
+def build_class(class_name, config):
+    """Diffusers' own network of a class with a config."""
+    return find_class(class_name).from_config(config)
+
+
+@cache
+def find_streams(block_class):
+    """The forms of what a block returns, the longest first: names of its streams of tokens, and whether in a tuple.
+
+    A block returns arguments that it has changed, under their own names: `return encoder_hidden_states, hidden_states`.
+    Where a single value has another name it is the first argument. Raises ValueError for anything else.
+    """
+    forward = inspect.unwrap(block_class.forward)
+    names = list(inspect.signature(forward).parameters)[1:]
+    tree, forms = ast.parse(textwrap.dedent(inspect.getsource(forward))), set()
+    for statement in (node for node in ast.walk(tree) if isinstance(node, ast.Return)):
+        value = statement.value
+        values = value.elts if isinstance(value, ast.Tuple) else [value]
+        form = tuple(each.id if isinstance(each, ast.Name) else None for each in values)
+        form = form if set(form) <= set(names) else (names[0],) if len(form) == 1 else form
+        forms.add((form, isinstance(value, ast.Tuple)))
+    known = [each for each in forms if set(each[0]) <= set(names) and len(set(each[0])) == len(each[0])]
+    if not known:
+        raise ValueError(f"{block_class.__name__} returns {forms}, which are not among its arguments {names}")
+    return sorted(known, key=lambda each: len(each[0]), reverse=True)
+
+
+@cache
+def signature_of(block_class):
+    return inspect.signature(inspect.unwrap(block_class.forward))
+
+
+@dataclass
+class Passing:
+    """One forward pass of a network: what is done to its blocks. record: {layer: leaves of its arguments} to fill."""
+
+    mask: torch.Tensor | None = None
+    routes: Routes | None = None
+    kept: list | None = None
+    observe: object = None
+    record: dict | None = None
+
+
+class Routed:
+    """Stands where the forward of one block does.
+
+    layer: its number through all stacks. fixed: it always runs. rows: which leaves of its arguments have a row for
+    every sample (None for a leaf that is no tensor), known after `PrunableNetwork.prepare`; where they are not known,
+    or other arguments are given than then, all samples run.
+    """
+
+    def __init__(self, stack, layer, block, fixed):
+        self.stack, self.layer, self.block, self.fixed = stack, layer, block, fixed
+        self.rows, self.compiled = None, None
+
+    def __call__(self, *inputs, **options):
+        passing = self.stack.passing
+        if passing is None:
+            return self.run(*inputs, **options)
+        bound = signature_of(type(self.block)).bind(self.block, *inputs, **options)
+        given = dict(list(bound.arguments.items())[1:])
+        names, as_tuple = self.choose_form(given)
+        if passing.record is not None:
+            passing.record[self.layer] = flatten_others(given, names)[0]
+        before = [given[name] for name in names]
+        if passing.kept is not None and self.layer not in passing.kept:
+            return tuple(before) if as_tuple else before[0]
+        if passing.mask is None or self.fixed:
+            after = self.call(given, names, before)
+        elif passing.routes and (call := self.make_call(given, names, len(passing.mask))):
+            after = passing.routes.route(self.layer, before, self.block, call, self.stack.together)
+        else:
+            after = blend(before, self.call(given, names, before), passing.mask[:, self.layer])
+        if passing.observe is not None:
+            after = show(passing.observe, self.layer, before, after)
+        return tuple(after) if as_tuple else after[0]
+
+    def choose_form(self, given):
+        """What this call returns, see find_streams: the longest form whose streams are all there."""
+        forms = find_streams(type(self.block))
+        return next((f for f in forms if all(torch.is_tensor(given.get(name)) for name in f[0])), forms[-1])
+
+    def call(self, given, names, streams, plain=False):
+        """The block's streams, of its arguments with these streams; plain: without recomputing in the backward."""
+        given = {**given, **dict(zip(names, streams, strict=True))}
+        out = (self.run_plain if plain else self.run)(**given)
+        out = list(out) if isinstance(out, tuple | list) else [out]
+        if len(out) != len(names):
+            raise ValueError(f"{type(self.block).__name__} returns {len(out)} values, expected {names}")
+        return out
+
+    def learn_rows(self, two, three):
+        """Learn `rows` from the leaves of the block's other arguments for two samples and for three."""
+        if two is not None and len(two) == len(three):
+            kinds = [(leaf_size(a), leaf_size(b)) for a, b in zip(two, three, strict=True)]
+            if all(a == b or (a, b) == (2, 3) for a, b in kinds):
+                self.rows = [None if a is None else a != b for a, b in kinds]
+
+    def make_call(self, given, names, n):
+        """call(streams, rows, plain) for some of n samples, with the same rows of all other arguments that have rows.
+
+        None if it is not known which these are.
+        """
+        leaves, form = flatten_others(given, names)
+        if self.rows is None or len(self.rows) != len(leaves):
+            return None
+        for has, size in zip(self.rows, map(leaf_size, leaves), strict=True):
+            if (has is None) != (size is None) or (has and size != n):
+                return None
+
+        def call(streams, rows, plain):
+            taken = [take(leaf, rows) if has else leaf for leaf, has in zip(leaves, self.rows, strict=True)]
+            return self.call(tree_unflatten(taken, form), names, streams, plain)
+
+        return call
+
+    def run(self, *inputs, **options):
+        """The block's own forward; recomputed in the backward if the stack says so."""
+        if self.stack.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run_plain, *inputs, use_reentrant=False, **options)
+        return self.run_plain(*inputs, **options)
+
+    def run_plain(self, *inputs, **options):
+        return (self.compiled or type(self.block).forward)(self.block, *inputs, **options)
+
+    def compile(self, **options):
+        """Compile the block's own forward, and not what is around it."""
+        self.compiled = torch.compile(type(self.block).forward, **options)
+
+
+def leaf_size(leaf):
+    """First size of a tensor, 0 for a single number, None for anything else."""
+    return (len(leaf) if leaf.ndim else 0) if torch.is_tensor(leaf) else None
+
+
+def flatten_others(given, names):
+    """(leaves, form) of a block's arguments without the streams `names`; see torch's pytree."""
+    return tree_flatten({**given, **dict.fromkeys(names)})
+
+
+def show(observe, layer, before, after):
+    """Streams after an observer has seen them; it sees the tokens of one stream, or tuples of those of several.
+
+    A block that ends a stream, as SD3's last one, returns None for it, which is not shown.
+    """
+    live = [place for place, stream in enumerate(after) if stream is not None]
+    seen = [[streams[place] for place in live] for streams in (before, after)]
+    replaced = observe(layer, *(tuple(each) if len(live) > 1 else each[0] for each in seen))
+    if replaced is None:
+        return after
+    new = dict(zip(live, replaced if len(live) > 1 else [replaced], strict=True))
+    return [new.get(place) for place in range(len(after))]
+
+
+def blend(before, after, mask):
+    """Streams of the samples of mask (N,) 1 after the block, those of 0 before it; exactly, and with gradients."""
+    blended = []
+    for x, out in zip(before, after, strict=True):
+        if len(x) != len(mask):
+            raise ValueError(f"a stream of tokens has {len(x)} rows for {len(mask)} samples")
+        m = mask.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
+        blended.append(out * m + x * (1 - m))
+    return blended
+
+
+class RoutedBlocks(BlockStack):
+    """The blocks of one stack, which the network's own forward calls; passing: what is done to them meanwhile."""
+
+    passing = None
+
+    def __init__(self, blocks, first, keeps_last):
+        super().__init__(blocks)
+        for place, block in enumerate(self):
+            block.forward = Routed(self, first + place, block, keeps_last and place == len(self) - 1)
+            block.compile = block.forward.compile
+
+    def __getitem__(self, index):
+        """A block, or a plain list of some; a slice of a ModuleList is otherwise made by its own class."""
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+
+class PrunableNetwork:
+    """What is added to a class of diffusers, see make_network.
+
+    The forward takes the class's own arguments, `mask` and `observe` as other networks of ours, `kept` as a BlockStack,
+    `record`, see Passing, and `plain`, to do what the class does. Called as diffusers calls it, it does what diffusers'
+    network does, without the layers that its gates drop.
+    """
+
+    prepared = False
+
+    def forward(self, *inputs, mask=None, observe=None, kept=None, record=None, plain=False, **options):
+        if plain:
+            return super().forward(*inputs, **options)
+        if kept is None and mask is None and hasattr(self, "gumbel_gates"):
+            mask, kept = choose_layers(self, len(next(iter((*inputs, *options.values())))))
+        stacks = [module for module in self.children() if isinstance(module, RoutedBlocks)]
+        is_sparse = mask is not None and self.prepared and not stacks[0].dense
+        routes = Routes(mask, stacks[0].gate_samples) if is_sparse else None
+        for stack in stacks:
+            stack.passing = Passing(mask, routes, kept, observe, record)
+        try:
+            return super().forward(*inputs, **options)
+        finally:
+            for stack in stacks:
+                stack.passing = None
+
+    def blocks_to_compile(self):
+        """Modules that torch.compile takes one by one."""
+        return [block for stack in self.children() if isinstance(stack, RoutedBlocks) for block in stack]
+
+    def prepare(self, make_inputs):
+        """Compare this very network with the plain and the cut one; once, before layers are left out of it.
+
+        make_inputs: n -> keyword arguments of the class's forward for n samples. Raises InputError with what differs.
+        """
+        if self.prepared:
+            return
+        mode = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), adapters_off(self):
+                check_network(self, make_inputs)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise InputError(f"--model: no layer of this {self.class_name} can be left out ({error})") from None
+        finally:
+            self.train(mode)
+        self.prepared = True
+
+
+def make_network(class_name, config, groups=None, candidates="all", **about):
+    """A network of diffusers' class `class_name`, whose stacks can be masked, observed, checkpointed and pruned.
+
+    groups, candidates: of its gates, see pruning.gates.LayerGates. about: attributes such as in_channels.
+    """
+    net, stacks, first = build_class(class_name, config), find_stacks(class_name, config), 0
+    net.__class__ = make_class(type(net))
+    for stack in stacks:
+        blocks = RoutedBlocks(getattr(net, stack.name), first, stack.keeps_last)
+        setattr(net, stack.name, blocks)
+        first += stack.depth
+    net.stacks, net.class_name, net.plain_config = stacks, class_name, config
+    for name, value in about.items():
+        object.__setattr__(net, name, value)
+    if groups is not None:
+        net.gumbel_gates = LayerGates(groups, first, candidates, fixed_layers(stacks))
+    return net
+
+
+@cache
+def make_class(plain):
+    return type(plain.__name__, (PrunableNetwork, plain), {"__module__": plain.__module__})
+
+
+def fixed_layers(stacks):
+    """Numbers of the layers that have to stay."""
+    ends = [sum(stack.depth for stack in stacks[: place + 1]) - 1 for place in range(len(stacks))]
+    return [end for end, stack in zip(ends, stacks, strict=True) if stack.keeps_last]
+
+
+def build_cut(class_name, config, stacks, state, kept):
+    """Diffusers' plain network with only the layers `kept` of a whole network's state dict, whose tensors it shares.
+
+    Raises ValueError if they do not fit.
+    """
+    names = tuple(stack.name for stack in stacks)
+    with parameters_on_meta():
+        net = build_class(class_name, cut_config(config, stacks, kept))
+    return fill(net, keep_layers(state, kept, names)).eval()
+
+
+def fill(net, state):
+    """Give a network without memory these weights, all of its own. Raises ValueError if they do not fit."""
+    try:
+        net.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not make a {type(net).__name__} ({str(error)[:300]})") from None
+    return net
+
+
+def first_output(net, inputs, **options):
+    """The first output of a network, for keyword arguments of diffusers' forward; of a list of samples, their stack."""
+    if "return_dict" in inspect.signature(find_class(type(net).__name__).forward).parameters:
+        inputs = {**inputs, "return_dict": False}
+    out = net(**inputs, **options)
+    out = out[0] if isinstance(out, tuple | list) else out
+    return torch.stack(list(out)) if isinstance(out, list) else out
+
+
+def check_network(net, make_inputs):
+    """Raise ValueError unless a network of make_network agrees, to the bit, with diffusers' plain and cut ones.
+
+    Two cuts are compared, so that every layer is left out once. It learns which arguments of its blocks have a row for
+    every sample.
+    """
+    inputs, records, depth = make_inputs(2), ({}, {}), sum(stack.depth for stack in net.stacks)
+    plain = first_output(net, inputs, plain=True)
+    expect_equal(first_output(net, inputs, kept=range(depth), record=records[0]), plain, "with all layers")
+    first_output(net, make_inputs(3), kept=range(depth), record=records[1])
+    expect_equal(first_output(net, inputs, mask=plain.new_ones(2, depth)), plain, "with all layers")
+    for start in (0, 1):
+        kept = sorted({*range(start, depth, 2), *fixed_layers(net.stacks)})
+        cut = build_cut(net.class_name, net.plain_config, net.stacks, plain_state(net), kept).to(plain.device)
+        mask = plain.new_zeros(2, depth).index_fill(1, torch.tensor(kept, device=plain.device), 1.0)
+        expect_equal(first_output(net, inputs, mask=mask), first_output(cut, inputs), f"with layers {kept} alone")
+    for block in net.blocks_to_compile():
+        block.forward.learn_rows(*(record.get(block.forward.layer) for record in records))
+
+
+def plain_state(net):
+    """The state dict of a network under diffusers' names alone: without gates and adapters."""
+    extra = re.compile(r"gumbel_gates\.|.*\.lora_[ab]\.")
+    return {key: value for key, value in net.state_dict().items() if not extra.match(key)}
+
+
+def expect_equal(found, expected, when):
+    """Raise ValueError unless two outputs are the same bits."""
+    if found.shape != expected.shape or not torch.equal(found, expected):
+        gap = f"{(found - expected).abs().max():.3g}" if found.shape == expected.shape else "another shape"
+        raise ValueError(f"{when} its output is not that of diffusers' network (largest difference {gap})")
+
+
+def list_arguments(class_name):
+    """Names of the arguments of the forward of a class of diffusers."""
+    return list(inspect.signature(inspect.unwrap(find_class(class_name).forward)).parameters)[1:]
+
+
+def save_network(path, class_name, config, state, kept):
+    """Write what is left of a network as a folder that diffusers opens, whole, in place of an earlier one.
+
+    config: of the whole network. state: of the cut one, with only the layers `kept`. Raises ValueError if they do not
+    fit.
+    """
+    with parameters_on_meta():
+        net = build_class(class_name, cut_config(config, find_stacks(class_name, config), kept))
+    fill(net, state)
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        net.save_pretrained(Path(folder) / path.name)
+        if path.is_dir():
+            path.rename(Path(folder) / "earlier")
+        (Path(folder) / path.name).rename(path)
