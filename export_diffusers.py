@@ -31,12 +31,15 @@ def parse_args(argv=None):
     settings = COMMAND.resolve(argv)
     if not settings.output:
         raise InputError("--output: missing; name the folder to write")
-    if not settings.family.exchange:
+    if not settings.family.exchange and not settings.family.export:
         raise InputError(
-            f"--model {settings.model}: diffusers has no class for a {settings.family.name}; this is for a DiT alone"
+            f"--model {settings.model}: diffusers has no class for a {settings.family.name}; this is for a DiT, or a "
+            "network of diffusers"
         )
     if "groups" in model_config(settings.model):
         raise InputError(f"--model {settings.model}: has gates; prune with it first, then export the pruned weights")
+    if settings.family.export:
+        return settings
     alone = "take --transformer-only"
     if not settings.transformer_only and settings.num_classes != NULL_CLASS:
         raise InputError(
@@ -59,6 +62,29 @@ def check_output(settings):
         raise InputError(f"--output {output}: is not empty, and no earlier export; name a new folder")
 
 
+def export_own(settings):
+    """Write weights of a model that is a folder of diffusers itself."""
+    from engine.model_card import read_metrics, trace_source, write_card
+    from engine.pruned import check_target
+    from engine.run import Run
+    from engine.start import print_start
+
+    weights, run, output = settings.weights["ckpt"], Run("cpu"), settings.output
+    part = output if settings.transformer_only else str(Path(output) / "transformer")
+    check_target("--output", part, settings.model, ckpt=weights.name)
+    metrics = read_metrics(settings.metrics) if settings.metrics else None
+    weights.check_fit(settings.model, {})
+    print_start(settings, run)
+    if settings.dry_run:
+        return
+    facts = {**weights.facts, "model": settings.model}
+    with flag_errors("--output", output):
+        opening = settings.family.export(output, weights.state, settings.model, facts, not settings.transformer_only)
+    sources = trace_source(weights.name, facts)
+    write_card(Path(output) / "README.md", settings.model, sources, facts, opening, settings.data, metrics)
+    run.print(f"wrote {output}")
+
+
 def main(settings):
     from engine.diffusers_folder import write_pipeline, write_transformer
     from engine.model_card import read_metrics, trace_source, write_card
@@ -66,6 +92,9 @@ def main(settings):
     from engine.start import print_start
     from engine.vae import LatentSpace
 
+    if settings.family.export:
+        export_own(settings)
+        return
     weights, run = settings.weights["ckpt"], Run("cpu")
     check_output(settings)
     metrics = read_metrics(settings.metrics) if settings.metrics else None

@@ -25,11 +25,15 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import InputError
 from families import parameters_on_meta
 from pruning.gates import BlockStack, LayerGates, choose_layers
-from pruning.lora import adapters_off
+from pruning.lora import adapters_off, is_adapter
 from pruning.routing import Routes, take
 from pruning.surgery import keep_layers
 
 DEPTH_FIELD = re.compile("layer|depth|block")  # names of numbers in a config that may say how deep a stack is
+
+# Classes whose cut networks were compared with whole ones (docs/diffusers.md). Others are, where there are data:
+# blocks may fit a shallower network, and do something else in it.
+COMPARED = set((Path(__file__).parent / "families" / "diffusers_classes.txt").read_text().split())
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,15 @@ def cut_list(name, value, depth, layers):
 
 
 def sketch(class_name, config):
-    """The plain network of diffusers without memory: parameters on torch's meta device."""
-    with torch.random.fork_rng(devices=[]), parameters_on_meta():
-        return build_class(class_name, config)
+    """The plain network of diffusers without memory, for its shapes: all on torch's meta device, tables included."""
+    find_class(class_name)  # libraries must not be imported for the first time there
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build_class(class_name, config)
+        except (NotImplementedError, RuntimeError, TypeError):  # of classes that look at the numbers of a table
+            with parameters_on_meta():
+                return build_class(class_name, config)
 
 
 @cache
@@ -163,7 +173,7 @@ def find_class(class_name):
 
     network = getattr(transformers, str(class_name), None)
     if not (isinstance(network, type) and issubclass(network, diffusers.ModelMixin)):
-        raise ValueError(f"diffusers {diffusers.__version__} has no transformer called {class_name}")
+        raise ValueError(f"is of the class {class_name}; diffusers {diffusers.__version__} has no such transformer")
     return network
 
 
@@ -323,6 +333,8 @@ def show(observe, layer, before, after):
 
 def blend(before, after, mask):
     """Streams of the samples of mask (N,) 1 after the block, those of 0 before it; exactly, and with gradients."""
+    if not mask.requires_grad and (mask == mask[0]).all():  # nothing to mix, and so no change of precision either
+        return list(after if mask[0] else before)
     blended = []
     for x, out in zip(before, after, strict=True):
         if len(x) != len(mask):
@@ -357,6 +369,7 @@ class PrunableNetwork:
     """
 
     prepared = False
+    has_idle_weights = True  # such as the last block's for a stream of text that ends there
 
     def forward(self, *inputs, mask=None, observe=None, kept=None, record=None, plain=False, **options):
         if plain:
@@ -385,16 +398,19 @@ class PrunableNetwork:
         """
         if self.prepared:
             return
-        mode = self.training
+        mode, device = self.training, next(self.parameters()).device
         self.eval()
         try:
-            with torch.no_grad(), adapters_off(self):
+            # Making networks draws numbers, which those of the step must not depend on.
+            draws = torch.random.fork_rng(devices=[] if device.type == "cpu" else [device])
+            with torch.no_grad(), adapters_off(self), draws:
                 check_network(self, make_inputs)
+            COMPARED.add(self.class_name)
         except (ValueError, RuntimeError, IndexError) as error:
+            self.prepared = False
             raise InputError(f"--model: no layer of this {self.class_name} can be left out ({error})") from None
         finally:
             self.train(mode)
-        self.prepared = True
 
 
 def make_network(class_name, config, groups=None, candidates="all", **about):
@@ -449,7 +465,7 @@ def fill(net, state):
 
 def first_output(net, inputs, **options):
     """The first output of a network, for keyword arguments of diffusers' forward; of a list of samples, their stack."""
-    if "return_dict" in inspect.signature(find_class(type(net).__name__).forward).parameters:
+    if "return_dict" in list_arguments(getattr(net, "class_name", type(net).__name__)):
         inputs = {**inputs, "return_dict": False}
     out = net(**inputs, **options)
     out = out[0] if isinstance(out, tuple | list) else out
@@ -459,27 +475,31 @@ def first_output(net, inputs, **options):
 def check_network(net, make_inputs):
     """Raise ValueError unless a network of make_network agrees, to the bit, with diffusers' plain and cut ones.
 
-    Two cuts are compared, so that every layer is left out once. It learns which arguments of its blocks have a row for
-    every sample.
+    Two cuts are compared, so that every layer is left out once; not of a network that is split over processes, whose
+    class has to be a known one. It learns which arguments of its blocks have a row for every sample.
     """
     inputs, records, depth = make_inputs(2), ({}, {}), sum(stack.depth for stack in net.stacks)
     plain = first_output(net, inputs, plain=True)
     expect_equal(first_output(net, inputs, kept=range(depth), record=records[0]), plain, "with all layers")
     first_output(net, make_inputs(3), kept=range(depth), record=records[1])
+    for block in net.blocks_to_compile():
+        block.forward.learn_rows(*(record.get(block.forward.layer) for record in records))
+    net.prepared = True
     expect_equal(first_output(net, inputs, mask=plain.new_ones(2, depth)), plain, "with all layers")
-    for start in (0, 1):
+    is_split = any(hasattr(p, "full_tensor") for p in net.parameters())
+    if is_split and net.class_name not in COMPARED:
+        raise ValueError("no cut one was compared yet, and it cannot be with --shard; begin without")
+    for start in () if is_split else (0, 1):
         kept = sorted({*range(start, depth, 2), *fixed_layers(net.stacks)})
         cut = build_cut(net.class_name, net.plain_config, net.stacks, plain_state(net), kept).to(plain.device)
         mask = plain.new_zeros(2, depth).index_fill(1, torch.tensor(kept, device=plain.device), 1.0)
         expect_equal(first_output(net, inputs, mask=mask), first_output(cut, inputs), f"with layers {kept} alone")
-    for block in net.blocks_to_compile():
-        block.forward.learn_rows(*(record.get(block.forward.layer) for record in records))
 
 
 def plain_state(net):
     """The state dict of a network under diffusers' names alone: without gates and adapters."""
-    extra = re.compile(r"gumbel_gates\.|.*\.lora_[ab]\.")
-    return {key: value for key, value in net.state_dict().items() if not extra.match(key)}
+    state = net.state_dict().items()
+    return {key: value for key, value in state if not key.startswith("gumbel_gates.") and not is_adapter(key)}
 
 
 def expect_equal(found, expected, when):
@@ -498,8 +518,11 @@ def save_network(path, class_name, config, state, kept):
     """Write what is left of a network as a folder that diffusers opens, whole, in place of an earlier one.
 
     config: of the whole network. state: of the cut one, with only the layers `kept`. Raises ValueError if they do not
-    fit.
+    fit, or nobody has seen that the class can be cut.
     """
+    is_cut = len(kept) < sum(stack.depth for stack in find_stacks(class_name, config))
+    if is_cut and class_name not in COMPARED:
+        raise ValueError(f"no cut {class_name} was compared yet; prune_by_score.py does it with --data-path")
     with parameters_on_meta():
         net = build_class(class_name, cut_config(config, find_stacks(class_name, config), kept))
     fill(net, state)

@@ -74,7 +74,11 @@ COMMAND = Command(
         Flag("gate-lr", "learning rate of the gates", 1e-3, type=amount, group=TRAINING),
     ),
     shared=shared(
-        f"{TRAINING_FLAGS} profile", data_path="data/imagenet/train", prefix="learn_mask", ema_decay=0.999, **PREVIEW
+        f"{TRAINING_FLAGS} teacher-precision profile",
+        data_path="data/imagenet/train",
+        prefix="learn_mask",
+        ema_decay=0.999,
+        **PREVIEW,
     ),
     kinds=("train", "sample", "prune"),
     weights=(("load_weight", "model"),),
@@ -184,20 +188,10 @@ def make_step(net, teacher, settings):
     return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
 
 
-def build_teacher(start, run, compiled):
-    """The whole network, ready to be learnt from."""
-    from engine.run import compile_blocks
-
-    teacher = run.freeze(start.build(run.home))
-    if run.compiles(compiled):
-        compile_blocks(teacher)
-    return teacher
-
-
 def main(settings):
     from engine.distributed import on_main
     from engine.endings import say_recovery
-    from engine.networks import StateSketch
+    from engine.networks import StateSketch, build_teacher
     from engine.profile import Profiler
     from engine.pruned import save_pruned
     from engine.start import make_run, make_watch, open_data, start_training
@@ -220,14 +214,15 @@ def main(settings):
     if folder is None:
         return
 
-    net, dense = start.build(run.home), runs_dense(settings, run)
+    is_frozen = settings.lora or not settings.delta_w
+    net, dense = start.build(run.home, run.precision if is_frozen else "fp32"), runs_dense(settings, run)
     gates, weights = net.gumbel_gates, add_update(net, settings, run.precision)
     set_routing(net, dense, settings.gate_samples)
     folder.log(
         f"gates over {format_pattern(groups)}, {'dense' if dense else 'sparse'}; "
         f"{sum(p.numel() for p in weights):,} other parameters are trained"
     )
-    teacher = build_teacher(networks["teacher"], run, settings.compile) if "teacher" in networks else None
+    teacher = build_teacher(networks["teacher"], run, settings) if "teacher" in networks else None
     rates = [{"params": weights, "lr": settings.lr}, {"params": list(gates), "lr": settings.gate_lr}]
     trainer = Trainer(run, make_step(net, teacher, settings), rates, gates, settings.make(TrainingOptions))
     averaged = trainer.ema.module

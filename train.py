@@ -6,12 +6,12 @@ Example:
 """
 
 from engine.cli import Command, launch, unused_flags
-from engine.flags import PREVIEW, TRAINING_FLAGS, shared
+from engine.flags import LORA_FLAGS, PREVIEW, TRAINING_FLAGS, shared
 
 COMMAND = Command(
     "train",
     __doc__,
-    shared=shared(f"{TRAINING_FLAGS} lr min-lr weight-decay betas warmup-epochs", **PREVIEW),
+    shared=(*shared(f"{TRAINING_FLAGS} lr min-lr weight-decay betas warmup-epochs", **PREVIEW), *LORA_FLAGS),
     kinds=("train", "sample"),
     weights=(("load_weight", "model"),),
     latents=True,
@@ -26,7 +26,7 @@ def main(settings):
     from diffusion.objectives import TrainStep
     from engine.data import network_config
     from engine.endings import say_next
-    from engine.networks import NetworkStart, StateSketch
+    from engine.networks import NetworkStart, StateSketch, add_adapters
     from engine.optim import Recipe
     from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
@@ -36,12 +36,13 @@ def main(settings):
     space, data = open_data(settings)
     watch = make_watch(settings, run, data, space)
     start = NetworkStart(settings.model, network_config(data.dataset, space), settings.weights.get("load_weight"))
-    sketch, networks = start.build_without_memory(), {"network": start}
+    sketch, networks = add_adapters(start.build_without_memory(), settings, run.precision), {"network": start}
     folder = start_training(settings, run, data, networks, StateSketch(sketch, sketch), start.describe(space))
     if folder is None:
         return
 
-    net = start.build(run.home)
+    net = start.build(run.home, run.precision if settings.lora else "fp32")
+    add_adapters(net, settings, run.precision)
     step = TrainStep(net, settings.make_objective())
     recipe, options = settings.make(Recipe), settings.make(TrainingOptions)
     groups, schedule = recipe.groups(net, family.no_decay), recipe.schedule(data.total_steps)

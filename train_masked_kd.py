@@ -7,7 +7,7 @@ Example:
 
 from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, flag_errors
-from engine.flags import PREVIEW, TRAINING_FLAGS, shared
+from engine.flags import LORA_FLAGS, PREVIEW, TRAINING_FLAGS, shared
 from engine.settings import TYPED
 from families import family_of, model_name, stack_layers
 from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share, whole
@@ -42,7 +42,7 @@ COMMAND = Command(
         ),
         Flag("mask-threshold", "extreme: beyond so many standard deviations", 2.0, type=limit),
     ),
-    shared=shared(f"{TRAINING_FLAGS} lr min-lr", num_workers=8, **PREVIEW),
+    shared=(*shared(f"{TRAINING_FLAGS} lr min-lr teacher-precision", num_workers=8, **PREVIEW), *LORA_FLAGS),
     kinds=("train", "sample"),
     weights=(("load_weight", "model"), ("load_teacher", "teacher")),
     latents=True,
@@ -80,9 +80,8 @@ def pair_layers(model, teacher, pattern, recorded):
 def main(settings):
     from engine.data import network_config
     from engine.endings import say_next
-    from engine.networks import NetworkStart, StateSketch
+    from engine.networks import NetworkStart, StateSketch, add_adapters, build_teacher
     from engine.optim import Recipe
-    from engine.run import compile_blocks
     from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.distillation import DistillStep, feature_weight
@@ -103,15 +102,14 @@ def main(settings):
     pairs = pair_layers(settings.model, settings.teacher, settings.pattern, recorded)
     teacher_start = NetworkStart(settings.teacher, config, settings.weights["load_teacher"], "--teacher")
     networks = {"student": start, "teacher": teacher_start}
-    sketch = start.build_without_memory()
+    sketch = add_adapters(start.build_without_memory(), settings, run.precision)
     folder = start_training(settings, run, data, networks, StateSketch(sketch, sketch), start.describe(space))
     if folder is None:
         return
 
-    net, teacher = start.build(run.home), run.freeze(teacher_start.build(run.home))
-    compiled = run.compiles(settings.compile)
-    if compiled:
-        compile_blocks(teacher)
+    net = start.build(run.home, run.precision if settings.lora else "fp32")
+    add_adapters(net, settings, run.precision)
+    teacher, compiled = build_teacher(teacher_start, run, settings), run.compiles(settings.compile)
     objective = settings.make_objective()
     is_relative = settings.relative_beta is not None
     beta = settings.relative_beta if is_relative else settings.beta

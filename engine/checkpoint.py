@@ -11,6 +11,7 @@ from engine import hub
 from engine.diffusers_folder import digest_folder, open_folder
 from engine.errors import InputError, flag_errors
 from engine.files import digest_file, download, read_json, write_atomically, write_json
+from engine.run import DTYPES, find_matrices
 from engine.weight_files import GATES, check_intact, open_weights, read_file, write_safetensors, wrong_numbers
 from families import RELEASES, SHAPE_ARGUMENTS, describe_shapes, family_of, model_config, sketch_model
 
@@ -122,11 +123,16 @@ class Weights:
             )
         self.check_numbers()
 
-    def build(self, model, config, device):
-        """The network called `model` in float32 on `device`, with a copy of these weights, which fit."""
+    def build(self, model, config, device, frozen="fp32"):
+        """The network called `model` on `device`, with a copy of these weights, which fit.
+
+        In float32; of a network whose matrices are not trained, these in the precision `frozen`, so that they are never
+        held in float32, see engine.run.cast_frozen_weights.
+        """
         net = sketch_model(model, **config)
+        halves = {f"{name}.{part}" for name in find_matrices(net) for part in ("weight", "bias")}
         weights = {
-            key: value.to(device, torch.float32, copy=True)
+            key: value.to(device, DTYPES[frozen] if key in halves else torch.float32, copy=True)
             for key, value in self.state.items()
             if not key.startswith(GATES)
         }

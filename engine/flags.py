@@ -94,6 +94,14 @@ FLAGS = [
     Flag("mirror", "probability of taking the mirrored picture", 0.5, type=share, group=TRAINING),
     Flag("device", "auto (GPU if there is one), cpu, cuda or cuda:N", "auto", metavar="NAME", group=SYSTEM),
     Flag("precision", "arithmetic of the network", None, choices=("fp32", "bf16", "fp16"), group=SYSTEM),
+    Flag(
+        "teacher-precision",
+        "arithmetic of the teacher, and what its matrices are held in",
+        None,
+        choices=("fp32", "bf16", "fp16"),
+        shown="as --precision",
+        group=SYSTEM,
+    ),
     Flag("vae-precision", "arithmetic of the autoencoder", "fp32", choices=("fp32", "bf16"), group=SYSTEM),
     Flag("num-workers", "loader processes per training process", 4, type=whole, group=SYSTEM),
     path_flag("results-dir", "parent folder of run folders", "outputs", group=SYSTEM, metavar="FOLDER"),
@@ -142,6 +150,10 @@ FLAGS = [
     Flag("grad-accumulation", "parts that each process's batch is computed in", 1, type=count, group=SYSTEM),
     switch("dry-run", "check everything, show settings, sizes and steps, and stop", group=SYSTEM),
 ]
+LORA_FLAGS = (
+    switch("lora", "train adapters of every linear layer alone, and leave the weights: less memory"),
+    Flag("lora-rank", "rank of --lora; its alpha is twice the rank", 8, type=count),
+)
 TABLE = {flag.name: flag for flag in FLAGS}
 
 MODEL = "model vae image-size num-classes"

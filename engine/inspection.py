@@ -61,9 +61,10 @@ def list_fits(shapes, model=None):
     Each with the `family`, the `config` to make the network with, and its own `shapes`, of which all have to be there.
     """
     found = []
-    for family in [family_of(model)] if model else FAMILIES.values():
+    for name in [model] if model else FAMILIES:
+        family = family_of(name)
         with suppress(ValueError):
-            told = describe_shapes(shapes, family.name)
+            told = describe_shapes(shapes, name)
             config = {key: told[key] for key in SHAPE_ARGUMENTS if key in told}
             own = {key: shape for key, shape in shapes.items() if not key.startswith(GATES)}
             if told["model"]:  # else no name describes it
@@ -83,12 +84,13 @@ def describe(name, average):
         model = weights.describe(family)["model"]
         raise InputError(f"FILE {name}: does not fit a {model}: its keys or shapes are others; take another file")
     first = fits[0]
-    macs = count_macs(first["model"], first["config"]) if first["model"] else None
+    is_named = first["model"] and not family_of(first["model"]).find_model
+    macs = count_macs(first["model"], first["config"]) if is_named else None
     found = {
         "family": " or ".join(fit["family"] for fit in fits),
         "model": " or ".join(fit["model"] for fit in fits) if first["model"] else None,
         "layers": list(first["depths"]),
-        "width": first["hidden_size"],
+        "width": first.get("hidden_size"),
         "parameters": sum(map(math.prod, first["shapes"].values())),
         "gmacs": macs and macs / 1e9,
         "kept": told.get("kept"),
@@ -117,6 +119,8 @@ def name_family(weights):
     """A model, or else the family, that a training state or a folder of diffusers names; None if there is none."""
     if not weights.opened or not os.path.isdir(weights.path):
         return read_settings(weights).get("model")
+    if weights.opened.model:
+        return weights.name
     kind = load_json(find_transformer(weights.path) / "config.json")["_class_name"]
     exchanges = {family.name: family.exchange for family in FAMILIES.values() if family.exchange}
     return next(name for name, exchange in exchanges.items() if kind in exchange.classes)
@@ -127,6 +131,8 @@ def describe_latents(fit, told):
 
     Where none is recorded, pictures are those of the family's usual one, which all scripts take, if it fits.
     """
+    if "input_size" not in fit:  # of pictures of any size
+        return {"num_classes": told.get("num_classes"), "vae": told.get("vae")}
     latents, size, channels = family_of(fit["family"]).latents, fit["input_size"], fit["in_channels"]
     vae, pixels = told.get("vae"), None
     with suppress(InputError):  # of a local autoencoder that is not here

@@ -6,8 +6,10 @@ import torch
 
 from engine.checkpoint import Weights
 from engine.errors import InputError
+from engine.run import cast_frozen_weights, compile_blocks
 from engine.weight_files import GATES
 from families import create_model, model_config, sketch_model
+from pruning.lora import add_lora
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class NetworkStart:
         if self.weights:
             self.weights.check_fit(self.model, self.config, self.option)
 
-    def build(self, device):
-        """The network in float32."""
+    def build(self, device, frozen="fp32"):
+        """The network in float32; `frozen`: of matrices that will not be trained, see engine.checkpoint.Weights."""
         if self.weights:
-            return self.weights.build(self.model, self.config, device)
+            return self.weights.build(self.model, self.config, device, frozen)
         return create_model(self.model, **self.config).to(device)
 
     def build_without_memory(self):
@@ -58,6 +60,23 @@ class NetworkStart:
         known = self.weights.facts if self.weights else {}
         facts = {"model": self.model, "num_classes": space.num_classes, "vae": space.vae, "source": source}
         return facts | {name: known[name] for name in ("kept", "pattern", "profile") if name in known}
+
+
+def build_teacher(start, run, settings):
+    """The network of a NetworkStart, ready to be learnt from as the settings of a training script say."""
+    precision = settings.teacher_precision or run.precision
+    teacher = run.freeze(start.build(run.home, precision), precision)
+    if run.compiles(settings.compile):
+        compile_blocks(teacher)
+    return teacher
+
+
+def add_adapters(net, settings, precision):
+    """If `--lora` says so, freeze a network but for new adapters; its matrices are held in `precision` then."""
+    if settings.lora:
+        add_lora(net, settings.lora_rank)
+        cast_frozen_weights(net, precision)
+    return net
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,16 @@ def cast_frozen_weights(net, precision):
 
     The results are the same; the casts and half of the memory are saved.
     """
-    for module in net.modules() if precision != "fp32" else ():
-        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
+    for module in find_matrices(net).values() if precision != "fp32" else ():
+        if not module.weight.requires_grad:
             for p in module.parameters(recurse=False):
                 p.data = p.data.to(DTYPES[precision])
     return net
+
+
+def find_matrices(net):
+    """{name: module} of the modules of a network that autocast computes in half precision."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
 class Run:
@@ -99,9 +104,13 @@ class Run:
         # The cache would hold the casts of all weights at once, which sharding is there to avoid.
         return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=not self.sharded)
 
-    def freeze(self, net):
-        """Prepare a network that is not trained at all, such as a teacher."""
-        return cast_frozen_weights(net.eval().requires_grad_(False), self.precision)
+    def freeze(self, net, precision=None):
+        """Prepare a network that is not trained at all, such as a teacher; precision: if not the run's."""
+        net = cast_frozen_weights(net.eval().requires_grad_(False), precision or self.precision)
+        if precision and precision != self.precision:
+            options = {"dtype": DTYPES[precision], "enabled": precision != "fp32"}
+            net.forward = torch.autocast(self.device.type, **options)(net.forward)
+        return net
 
     def print(self, text):
         """Print from the main process."""

@@ -106,7 +106,7 @@ class SamplingPlan:
         """A PictureSampler, ready to draw."""
         config, in_half = self.config, self.vae_precision != "fp32"
         codec = self.space.load_codec(run.device, channels_last=in_half, precision=self.vae_precision)
-        net = run.freeze(self.weights.build(self.model, config, run.device))
+        net = run.freeze(self.weights.build(self.model, config, run.device, run.precision))
         if run.compiles(self.compile):
             compile_blocks(net)
         shape = (config["in_channels"], config["input_size"], config["input_size"])

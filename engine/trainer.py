@@ -59,7 +59,9 @@ class Trainer:
             # Buffers are tables that never change. The flag that says so was renamed in torch 2.14.
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self.wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True, **{buffers: False})
+            unused = getattr(self.net, "has_idle_weights", False)
+            options = {"gradient_as_bucket_view": True, "find_unused_parameters": unused, buffers: False}
+            self.wrapped = DistributedDataParallel(step, **options)
         self.params = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 

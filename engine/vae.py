@@ -59,7 +59,9 @@ class LatentSpace:
         """
         if self.vae == "none":
             return Pixels()
-        vae = load_autoencoder(self.vae, self.latents).to(device, DTYPES[precision])
+        vae = load_autoencoder(self.vae, self.latents).to(device)
+        if precision != "fp32":  # diffusers warns of every other way to say so
+            vae = vae.to(DTYPES[precision])
         return AutoencoderCodec(vae.eval().requires_grad_(False), self.latents, channels_last)
 
 

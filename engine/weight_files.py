@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from engine.errors import InputError
 from engine.files import plain, write_atomically
+from pruning.lora import is_adapter, merge_adapters
 
 FACTS = "tinyfusion"  # entry of the metadata of a .safetensors file that holds facts about its weights, as JSON
 ENTRIES = ("ema", "model_ema", "model")  # of a training checkpoint, in order of preference
@@ -51,9 +52,9 @@ def open_weights(path, flag, average=True):
         is_dense = value.layout == torch.strided and not value.is_meta
         if not key.startswith(GATES) and not (is_dense and value.is_floating_point()):
             raise wrong_numbers(key, path, flag)
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    shapes = {key: tuple(value.shape) for key, value in weights.items() if not is_adapter(key)}
     around = {key: value for key, value in checkpoint.items() if key not in ENTRIES} if found else {}
-    return Opened(shapes, lambda: weights, around, averaged=found in ENTRIES[:2])
+    return Opened(shapes, lambda: merge_adapters(weights), around, averaged=found in ENTRIES[:2])
 
 
 def read_weights(path, flag, average=True):

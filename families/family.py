@@ -90,7 +90,8 @@ class Family:
     own_weights: Callable = lambda name: None  # name -> name of the weights that a model has without another flag
     tell_settings: Callable = lambda name, typed: ({}, {})  # see families.of_diffusers.tell_settings
     make_recorder: Callable | None = None  # see families.of_diffusers.make_recorder
-    save: Callable | None = None  # see families.of_diffusers.save
+    save: Callable | None = None  # see families.of_diffusers.save, and export there
+    export: Callable | None = None
     pruned_file: str = "pruned.pt"  # usual name of pruned weights in a run folder
 
     def own_flags(self, kinds):

@@ -183,17 +183,38 @@ def save(path, state, model, facts, export_pipeline=None):
     network_module().save_network(path, config["class_name"], config["config"], state, facts["kept"])
     write_json(f"{path}.json", facts)
     if export_pipeline:
-        copy_pipeline(locate(find_pipeline(model)), path, export_pipeline)
+        copy_pipeline(locate(find_pipeline(model)), export_pipeline, path)
 
 
-def copy_pipeline(pipeline, transformer, target):
-    """Write a whole pipeline: a copy of the one in a folder, with the transformer of another folder in it."""
+def export(output, state, model, facts, with_pipeline):
+    """Write trained weights of `model` as a folder of diffusers, or its whole pipeline with them.
+
+    Returns lines of Python that open it. Raises ValueError if the pipeline is not known.
+    """
+    from engine.files import load_json, write_json
+
+    pipeline, config = find_pipeline(model), find_model(model)
+    if with_pipeline and not pipeline:
+        raise ValueError(f"--model {model}: belongs to no pipeline that is known; take --transformer-only")
+    folder, class_name = Path(output) / "transformer" if with_pipeline else Path(output), config["class_name"]
+    depth = sum(stack.depth for stack in find_stacks(config))
+    if with_pipeline:
+        copy_pipeline(locate(pipeline), output)
+        class_name = load_json(Path(output) / "model_index.json")["_class_name"]
+    network_module().save_network(folder, config["class_name"], config["config"], state, range(depth))
+    write_json(f"{folder}.json", facts)
+    return [f"from diffusers import {class_name}", f'{class_name}.from_pretrained("FOLDER")']
+
+
+def copy_pipeline(pipeline, target, transformer=None):
+    """Write a copy of the pipeline in a folder, with the transformer of another folder in it, or without any."""
     from engine.files import write_errors
 
     with write_errors(target):
         ignored = shutil.ignore_patterns("transformer", ".*")
         shutil.copytree(pipeline, target, ignore=ignored, dirs_exist_ok=True)
-        shutil.copytree(transformer, Path(target) / "transformer", dirs_exist_ok=True)
+        if transformer:
+            shutil.copytree(transformer, Path(target) / "transformer", dirs_exist_ok=True)
 
 
 def own(name, help, default, **options):
@@ -221,6 +242,7 @@ DIFFUSERS = Family(
     has_captions=True,
     make_recorder=make_recorder,
     save=save,
+    export=export,
     pruned_file="pruned",
     asks={"train": ("model", "data_path"), "sample": ("model", "data_path")},
     flags={

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+SCALE = 2  # alpha per rank
+
 
 class LoRALinear(nn.Linear):
     """y = W x + b + (alpha / rank) B A x with W and b frozen; B starts at zero. Keys: weight, bias, lora_a, lora_b."""
@@ -28,7 +30,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, alpha=None):
-    """Freeze `model` but its gates, adapt every nn.Linear (alpha = 2 * rank), return the adapters' weights."""
+    """Freeze `model` but its gates, adapt every nn.Linear (alpha = SCALE * rank), return the adapters' weights."""
     if rank < 1:
         raise ValueError(f"LoRA rank {rank}: at least 1 is needed")
     model.requires_grad_(False)
@@ -38,10 +40,26 @@ def add_lora(model, rank, alpha=None):
     adapters = []
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
-        adapted = LoRALinear(linear, rank, 2 * rank if alpha is None else alpha)
+        adapted = LoRALinear(linear, rank, SCALE * rank if alpha is None else alpha)
         setattr(model.get_submodule(parent), child, adapted)
         adapters += [adapted.lora_a.weight, adapted.lora_b.weight]
     return adapters
+
+
+def merge_adapters(state):
+    """A state dict in which adapters of the usual scale are part of the weights that they adapt, in float32."""
+    merged = {key: value for key, value in state.items() if not is_adapter(key)}
+    for key in state:
+        if key.endswith(".lora_a.weight"):
+            name = key.removesuffix(".lora_a.weight")
+            a, b = (state[f"{name}.{part}.weight"].float() for part in ("lora_a", "lora_b"))
+            merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + SCALE * (b @ a)
+    return merged
+
+
+def is_adapter(key):
+    """Whether a key of a state dict is that of a weight of an adapter."""
+    return key.endswith((".lora_a.weight", ".lora_b.weight"))
 
 
 @contextmanager

@@ -63,7 +63,10 @@ class Routes:
                     deltas, rests = ([each.to(dtype) for each in many] for many in (deltas, rests))
         gate, merged = self.mask[:, layer], []
         for x, y, delta, rest in zip(streams, after, deltas, rests, strict=True):
-            merged.append(_Merge.apply(x, y.to(x.dtype), gate, delta, rest, kept, skipped, self.weight, *idle))
+            # Under autocast the first block may turn half precision into float32, which must not be undone.
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
+            merged.append(_Merge.apply(x, y, gate, delta, rest, kept, skipped, self.weight, *idle))
             idle = []  # once is enough
         return merged
 

@@ -5,8 +5,9 @@ import torch
 
 from diffusion import create_diffusion
 from diffusion.objectives import GaussianObjective, TrainStep
+from engine.weight_files import open_weights
 from families import create_model
-from pruning.lora import LoRALinear, add_lora, learned_weights, weight_update
+from pruning.lora import LoRALinear, adapters_off, add_lora, learned_weights, merge_adapters, weight_update
 
 GROUPS = [[1, 2]] * 3
 
@@ -94,3 +95,49 @@ def test_frozen_weights_stay_as_precise_as_they_were(small_net):
     net.blocks[0].attn.qkv.weight.data = net.blocks[0].attn.qkv.weight.data.bfloat16()
     learned = learned_weights(net, original)
     assert all(torch.equal(learned[key], original[key]) for key in original)
+
+
+def test_merged_adapters_compute_the_same(small_net, batch):
+    net, plain = small_net(), small_net()
+    add_lora(net, 4)
+    for name, p in net.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    before = plain.state_dict()
+    merged = merge_adapters(net.state_dict())
+    assert merged.keys() == before.keys()
+    assert not torch.equal(merged["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    plain.load_state_dict(merged)
+    torch.testing.assert_close(plain(*batch), net(*batch), rtol=1e-4, atol=1e-5)
+
+
+def test_states_with_adapters_are_read_as_weights(small_net, tmp_path):
+    """Also half-precision matrices get the update in float32."""
+    net = small_net()
+    add_lora(net, 4)
+    for name, p in net.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(p, std=1e-4)
+    state = {key: value.bfloat16() if key.endswith("qkv.weight") else value for key, value in net.state_dict().items()}
+    torch.save({"model": state, "ema": state, "train_steps": 1}, tmp_path / "s.pt")
+    opened = open_weights(tmp_path / "s.pt", "--ckpt")
+    assert not [key for key in opened.shapes if "lora" in key]
+    read, expected = opened.read(), merge_adapters(state)
+    assert read.keys() == opened.shapes.keys()
+    assert torch.equal(read["blocks.0.attn.qkv.weight"], expected["blocks.0.attn.qkv.weight"])
+    assert read["blocks.0.attn.qkv.weight"].dtype == torch.float32
+    assert not torch.equal(read["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"].float())
+
+
+def test_adapters_off(small_net, batch):
+    net = small_net()
+    before = net(*batch)
+    add_lora(net, 4)
+    for name, p in net.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(p)
+    learned = net(*batch)
+    with adapters_off(net):
+        assert torch.equal(net(*batch), before)
+    assert torch.equal(net(*batch), learned)
+    assert not torch.equal(learned, before)

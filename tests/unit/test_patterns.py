@@ -4,7 +4,16 @@ from itertools import combinations
 
 import pytest
 
-from pruning.patterns import bk_sdm_layers, candidate_masks, check_groups, format_pattern, group_ends, parse_pattern
+from pruning.patterns import (
+    bk_sdm_layers,
+    candidate_masks,
+    check_groups,
+    fixed_places,
+    format_pattern,
+    group_ends,
+    parse_groups,
+    parse_pattern,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +88,36 @@ def test_group_ends():
 )
 def test_bk_sdm(pattern, depth, kept):
     assert bk_sdm_layers(parse_pattern(pattern, depth)) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("a=1:2,b=2:4", [[1, 2]] * 2 + [[2, 4]] * 2),
+        ("b=2:4", [[1, 1]] * 4 + [[2, 4]] * 2),
+        ("b=3:4,1:2x2, a=1:4", [[1, 4], [3, 4], [1, 2], [1, 2]]),
+        ("1:2", [[1, 2]] * 6),
+    ],
+)
+def test_patterns_of_stacks(text, groups):
+    assert parse_groups(text, [4, 8], ["a", "b"]) == groups
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("c=1:2", "has a pattern for 'c'; the stacks are a, b"),
+        ("1:2,a=1:2", "has a pattern for None"),
+        ("a=1:3", "covers 3 layers, but there are 4"),
+        ("a=", "is not a pattern"),
+    ],
+)
+def test_wrong_patterns_of_stacks(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_groups(text, [4, 8], ["a", "b"])
+
+
+def test_fixed_layers_are_in_every_candidate():
+    assert fixed_places([[1, 2], [2, 4]], [1, 5]) == [(1,), (3,)]
+    assert candidate_masks(2, 4, fixed=(3,)).tolist() == [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]]
+    assert candidate_masks(2, 4, contiguous=True, fixed=(3,)).tolist() == [[0, 0, 1, 1], [1, 0, 0, 1]]

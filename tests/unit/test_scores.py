@@ -263,3 +263,36 @@ def test_median_is_one_of_them():
     assert [find_loss(losses, which) for which in ("lowest", "median", "highest")] == [1, 3, 0]
     assert find_loss(torch.tensor([1.0, 2.0, 2.0]), "highest") == 1
     assert list(combinations(range(3), 2)) == list(all_choices([[2, 3]], (3,)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "stacks", "fixed"),
+    [([[1, 2]] * 3, [6], [5]), ([[3, 6]], [6], [5]), ([[2, 4], [1, 2]], [4, 2], [3]), ([[3, 6]], [2, 4], [1])],
+)
+def test_choices_keep_fixed_layers(groups, stacks, fixed):
+    """By enumeration: those of all choices that have these layers, counted, listed and drawn."""
+    expected = [kept for kept in all_choices(groups, stacks) if set(fixed) <= set(kept)]
+    assert count_choices(groups, stacks, fixed) == len(expected) < count_choices(groups, stacks)
+    assert draw_choices(groups, stacks, "all", fixed=fixed) == expected
+    assert set(draw_choices(groups, stacks, 2, seed=3, fixed=fixed)) <= set(expected)
+
+
+def test_fixed_layers_are_not_removed():
+    importance = torch.tensor([3.0, 2.0, 5.0, 0.0])
+    assert least_important(importance, [[2, 4]]) == [1, 3]
+    assert least_important(importance, [[2, 4]], fixed=[3]) == [0, 1]
+    assert least_important(importance, [[1, 2], [1, 2]], keeps_last=True, fixed=[1]) == [0, 2]
+
+
+def test_streams_are_joined():
+    """Every token counts as much, whichever stream it belongs to."""
+    torch.manual_seed(0)
+    before = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    after = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    observer = BlockInfluence(1)
+    observer(0, before, after)
+    parts = [torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(before, after, strict=True)]
+    assert observer.scores()[0].item() == pytest.approx((3 * parts[0] + 5 * parts[1]).item() / 8, abs=1e-6)
+    single = BlockInfluence(1)
+    single(0, before[0], after[0])
+    assert single.scores()[0].item() == pytest.approx(parts[0].item(), abs=1e-7)
