@@ -1,4 +1,5 @@
-# make setup | demo | demo-sit | demo-mar | bench | gpu | test | fuzz: each does all the set-up it needs in .venv
+# make setup | demo | demo-sit | demo-mar | demo-t2i | bench | gpu | test | fuzz: each does all the set-up it needs,
+# in .venv
 # LOCK=requirements.lock takes the versions of that file, else the newest within the ranges of the requirements.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,21 +8,26 @@ FUZZ_EXAMPLES ?= 100000
 LOCK ?=
 EVERYTHING := .venv/ready$(if $(LOCK),-$(notdir $(LOCK)))
 FOR_DEMO := .venv/ready-demo$(if $(LOCK),-$(notdir $(LOCK)))
+FOR_PROMPTS := .venv/ready-prompts$(if $(LOCK),-$(notdir $(LOCK)))
 
-.PHONY: setup demo demo-sit demo-mar bench gpu test fuzz clean
+.PHONY: setup demo demo-sit demo-mar demo-t2i bench gpu test fuzz clean
 
 setup: $(EVERYTHING)
 
-# One environment. A marker says what was installed last; everything is enough for the walkthrough too.
+# One environment. A marker says what was installed last; everything is enough for the walkthroughs too.
 define install
 $(PYTHON) -m venv .venv
 rm -f .venv/ready*
 $(BIN)/pip install --quiet --disable-pip-version-check -r $(1) $(if $(LOCK),-c $(LOCK))
 endef
 
-$(EVERYTHING): requirements.txt requirements-demo.txt requirements-dev.txt $(LOCK)
+$(EVERYTHING): requirements.txt requirements-demo.txt requirements-prompts.txt requirements-dev.txt $(LOCK)
 	$(call install,requirements-dev.txt)
-	touch $(EVERYTHING) $(FOR_DEMO)
+	touch $(EVERYTHING) $(FOR_PROMPTS) $(FOR_DEMO)
+
+$(FOR_PROMPTS): requirements.txt requirements-demo.txt requirements-prompts.txt $(LOCK)
+	$(call install,requirements-prompts.txt)
+	touch $(FOR_PROMPTS) $(FOR_DEMO)
 
 $(FOR_DEMO): requirements.txt requirements-demo.txt $(LOCK)
 	$(call install,requirements-demo.txt)
@@ -32,6 +38,9 @@ demo: $(FOR_DEMO)
 
 demo-sit demo-mar: demo-%: $(FOR_DEMO)
 	$(BIN)/python examples/digits/demo.py --family $(if $(filter sit,$*),SiT,MAR)
+
+demo-t2i: $(FOR_PROMPTS)
+	$(BIN)/python examples/prompts/demo.py
 
 test: setup
 	$(BIN)/ruff check .
@@ -48,4 +57,4 @@ gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 
 clean:
-	rm -rf .venv examples/digits/run examples/digits/run-sit examples/digits/run-mar
+	rm -rf .venv examples/digits/run examples/digits/run-sit examples/digits/run-mar examples/prompts/run

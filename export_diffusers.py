@@ -65,13 +65,13 @@ def check_output(settings):
 def export_own(settings):
     """Write weights of a model that is a folder of diffusers itself."""
     from engine.model_card import read_metrics, trace_source, write_card
-    from engine.pruned import check_target
+    from engine.pruned import check_network_folder
     from engine.run import Run
     from engine.start import print_start
 
     weights, run, output = settings.weights["ckpt"], Run("cpu"), settings.output
     part = output if settings.transformer_only else str(Path(output) / "transformer")
-    check_target("--output", part, settings.model, ckpt=weights.name)
+    check_network_folder("--output", part, {"ckpt": weights.name, "model": settings.model})
     metrics = read_metrics(settings.metrics) if settings.metrics else None
     weights.check_fit(settings.model, {})
     print_start(settings, run)

@@ -77,7 +77,7 @@ def main(settings):
     from pruning.surgery import cut_layers
 
     inputs = {"ckpt": settings.ckpt, "vae": settings.vae}
-    check_target("--save-model", settings.save_model, settings.model, **inputs)
+    check_target(settings, settings.save_model, **inputs)
     kept, facts = choose_layers(settings.kept_indices, settings.pattern, settings.model)
     run = Run(settings.device, seed=settings.seed)
     space = settings.make(LatentSpace, latents=settings.family.latents)

@@ -12,7 +12,7 @@ from engine.cli import Command, launch
 from engine.errors import InputError, flag_errors
 from engine.flags import PREVIEW, TRAINING_FLAGS, shared
 from engine.settings import TYPED
-from families import depth_name, model_config, stack_layers, stack_names
+from families import depth_name, family_of, model_config, stack_layers, stack_names
 from families.flags import TRAINING, Flag, above_zero, amount, count, number, path_flag, path_text, switch
 
 TEACHER_SHARES = {"data": 0.0, "teacher": 1.0, "both": 0.5}  # of the loss, by --target
@@ -111,7 +111,8 @@ def choose_groups(model, pattern, candidates):
 
     config = model_config(model)
     if pattern is None and "groups" not in config:
-        raise InputError(f"--model {model}: has no gates; give --pattern N:M or a gated name such as DiT-XL-1-2")
+        gated = "" if family_of(model).find_model else " or a gated name such as DiT-XL-1-2"
+        raise InputError(f"--model {model}: has no gates; give --pattern N:M{gated}")
     with flag_errors("--pattern", pattern):
         stacks = stack_layers(model), stack_names(model)
         groups = parse_groups(pattern or format_pattern(config["groups"]), *stacks)
@@ -148,7 +149,7 @@ def choose_file(settings):
     save_model = settings.save_model or folder / settings.family.pruned_file
     inputs = {name: getattr(settings, name) for name in ("load_weight", "data_path", "vae", "resume")}
     for path in choice_paths(save_model, settings.finalists):
-        check_target("--save-model", path, settings.model, **inputs)
+        check_target(settings, path, **inputs)
     return save_model
 
 
@@ -199,13 +200,16 @@ def main(settings):
     from pruning.gates import GateSchedule, decide, keep_probabilities, likeliest, set_routing
     from pruning.lora import learned_weights
     from pruning.patterns import format_pattern
-    from pruning.surgery import cut_layers
+    from pruning.surgery import check_alike, cut_layers
 
     groups = choose_groups(settings.model, settings.pattern, settings.candidates)
     run, save_model = make_run(settings, COMMAND), choose_file(settings)
     space, data = open_data(settings)
     watch = make_watch(settings, run, data, space)
     networks, original = plan_networks(settings, groups, data, space), settings.weights["load_weight"]
+    if settings.init == "average" and original.opened:
+        with flag_errors("--init", settings.init):
+            check_alike(original.opened.shapes, stack_names(settings.model))
     start = networks["network"]
     sketch = start.build_without_memory()
     add_update(sketch, settings, run.precision)

@@ -150,7 +150,7 @@ def main(settings):
     from pruning.surgery import cut_layers
 
     inputs = {"ckpt": settings.ckpt, "vae": settings.vae, "data_path": settings.data_path}
-    check_target("--save-model", settings.save_model, settings.model, **inputs)
+    check_target(settings, settings.save_model, **inputs)
     groups = choose_groups(settings.model, settings.n_pruned, settings.pattern)
     choices = list_choices(settings, groups)
     run = Run(settings.device, seed=settings.seed)
@@ -166,7 +166,8 @@ def main(settings):
 
     criterion, calibration = CRITERIA[settings.criterion], settings.make(Calibration, space=space)
     batches, data = (), ""
-    if choices or criterion.reads_data:
+    needs_data = choices or criterion.reads_data
+    if needs_data:
         batches = calibration.batches(run.device, config["in_channels"])
         data = calibration.digest() if run.world > 1 else ""
     print_start(settings, run, data_path=data)
@@ -174,7 +175,7 @@ def main(settings):
         return
 
     net = weights.build(settings.model, config, run.device).eval()
-    objective = settings.make_objective().to(run.device)
+    objective = settings.make_objective().to(run.device) if needs_data else None
     if choices:
         kept, facts = search(settings, run, choices, (net, objective, batches), calibration.count)
     else:

@@ -55,7 +55,7 @@ def main(settings):
     note_early_average(run, weights)
     plan.load(run).save_grid(output, labels, settings.seed)
     run.print(f"wrote {output}")
-    say_next(run, "sample_ddp", model=settings.model, ckpt=weights.name)
+    say_next(run, "sample_ddp", model=settings.model, ckpt=weights.name, **settings.family.sample_hint)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from engine.cli import Command, launch
 from engine.errors import InputError, check_folder, check_writable, flag_errors
 from engine.flags import SAMPLING_FLAGS, shared
+from families import short_name
 from families.flags import NEEDED, SYSTEM, Flag, count, path_flag
 
 COMMAND = Command(
@@ -54,7 +55,7 @@ def name_folder(settings, path):
     """Name of the folder of pictures: model, weights, size, autoencoder, guidance, sampler, seed."""
     label = settings.family.sampler_label(settings.num_sampling_steps, **settings.own("sample"))
     return (
-        f"{settings.model.replace('/', '-')}-{Path(path).stem}-size-{settings.image_size}-"
+        f"{short_name(settings.model)}-{Path(path).stem}-size-{settings.image_size}-"
         f"vae-{Path(settings.vae).name}-cfg-{settings.cfg_scale:g}-{label}-seed-{settings.global_seed}"
     )
 

@@ -48,7 +48,7 @@ def main(settings):
     groups, schedule = recipe.groups(net, family.no_decay), recipe.schedule(data.total_steps)
     trainer = Trainer(run, step, groups, net, options, schedule)
     trainer.fit(data, folder, watch=watch)
-    say_next(run, "sample", ckpt=folder.state_path(data.total_steps))
+    say_next(run, "sample", ckpt=folder.state_path(data.total_steps), **settings.family.sample_hint)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main(settings):
 
     folder.log(f"layer pairs (student, teacher): {pairs}")
     trainer.fit(data, folder, before_step, lambda k: ([], {"beta": step.beta}), watch)
-    say_next(run, "sample", ckpt=folder.state_path(data.total_steps))
+    say_next(run, "sample", ckpt=folder.state_path(data.total_steps), **settings.family.sample_hint)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import torch
 from diffusion.objectives import TrainStep
 from engine.run import Run, cast_frozen_weights, find_matrices
 from engine.trainer import Trainer, TrainingOptions
-from models_diffusers import cut_config, find_stacks, fixed_layers, make_network, sketch
+from families.diffusers_stacks import cut_config, find_stacks, fixed_layers, sketch
+from models_diffusers import make_network
 from pruning.distillation import DistillStep, layer_pairs
 from pruning.lora import add_lora, weight_update
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 FACTORS = (1.0, 1e-3)  # of the scheduler's time, as networks take it
 USUAL = {  # arguments of pipelines, where they have them: no guidance, no other sizes than asked for, one frame
@@ -210,7 +211,7 @@ def describe_argument(one, two):
         return {"constant": one}
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         return {"dict": {name: describe_argument(one[name], two[name]) for name in one}}
-    is_plain = not any(torch.is_tensor(each) for each in (one, two))
+    is_plain = not any(torch.is_tensor(leaf) for leaf in tree_leaves((one, two)))
     if is_plain and isinstance(one, list) and len(one) == 1 and two == one * 2:
         return {"each": one[0]}
     if is_plain and one == two:

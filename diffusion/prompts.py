@@ -46,7 +46,7 @@ class Call:
     network: class name. latents, time: names of arguments. factor: of the scheduler's time. layout, output: see
     pipeline_call. template: the other arguments, see pipeline_call.describe_argument; arrays go by their path in it.
     scheduler: its config. count: of prompts without the empty one. cut: paths of arrays with as many tokens as the
-    longest prompt of a batch has; how many every prompt has is in lengths.npy.
+    longest prompt of a batch has; how many every prompt has is in lengths.npy. pipeline: that encoded them.
     """
 
     network: str
@@ -59,6 +59,7 @@ class Call:
     scheduler: dict
     count: int
     cut: list
+    pipeline: str = ""
     folder: Path | None = None
 
     @classmethod
@@ -70,7 +71,7 @@ class Call:
             return cls(**told, folder=folder).open()
         except FileNotFoundError:
             raise ValueError(f"--data-path {folder.parent}: no prompts; run extract_features.py with --model") from None
-        except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
             raise ValueError(
                 f"--data-path {folder}: damaged prompts ({error}); run extract_features.py again"
             ) from None
@@ -241,7 +242,8 @@ def find_shift(config, tokens):
         return config.get("shift") or config.get("flow_shift") or 1.0
     sizes = [config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)]
     base, highest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(np.exp(base + (highest - base) * (tokens - sizes[0]) / (sizes[1] - sizes[0])))
+    mu = base + (highest - base) * (tokens - sizes[0]) / (sizes[1] - sizes[0])
+    return mu if config.get("time_shift_type") == "linear" else float(np.exp(mu))
 
 
 class PipelineSampler(nn.Module):

@@ -147,7 +147,7 @@ def expected_shapes(model, config):
 
 
 def facts_path(path):
-    return Path(f"{path}.json")
+    return Path(f"{Path(path)}.json")  # of a folder too, with a slash at its end or without
 
 
 def read_facts(path, flag="facts"):

@@ -10,7 +10,8 @@ from engine.files import digest_file, load_json, write_errors, write_json
 from engine.hub import WEIGHT_FILES, list_shards
 from engine.weight_files import Opened, open_weights, write_safetensors
 from families import find_exchange
-from families.of_diffusers import find_folder, network_module
+from families.diffusers_stacks import find_class
+from families.of_diffusers import find_folder
 
 
 def open_folder(path, flag):
@@ -24,7 +25,7 @@ def open_folder(path, flag):
         config = load_json(folder / "config.json")
         exchange = find_exchange(config.get("_class_name"))
         if not exchange:
-            network_module().find_class(config.get("_class_name"))
+            find_class(config.get("_class_name"))
     files = [open_weights(file, flag) for file in list_files(folder, flag)]
     if not exchange:
         shapes = {key: shape for file in files for key, shape in file.shapes.items()}

@@ -8,7 +8,7 @@ from engine.checkpoint import Weights
 from engine.errors import InputError
 from engine.run import cast_frozen_weights, compile_blocks
 from engine.weight_files import GATES
-from families import create_model, model_config, sketch_model
+from families import create_model, full_name, model_config, sketch_model
 from pruning.lora import add_lora
 
 
@@ -56,9 +56,9 @@ class NetworkStart:
 
     def describe(self, space):
         """Facts to record with weights of this network, which works on an engine.vae.LatentSpace."""
-        source = self.weights.name if self.weights else None
+        source = full_name(self.weights.name) if self.weights else None
         known = self.weights.facts if self.weights else {}
-        facts = {"model": self.model, "num_classes": space.num_classes, "vae": space.vae, "source": source}
+        facts = {"model": full_name(self.model), "num_classes": space.num_classes, "vae": space.vae, "source": source}
         return facts | {name: known[name] for name in ("kept", "pattern", "profile") if name in known}
 
 

@@ -12,10 +12,10 @@ from diffusion.pipeline_call import describe_argument, find_layout, find_names, 
 from diffusion.prompts import Call, list_parts
 from engine.data import write_array
 from engine.errors import InputError, flag_errors
-from engine.files import is_picture, write_atomically, write_errors, write_json
+from engine.files import is_picture, read_json, write_atomically, write_errors, write_json
 from engine.images import PictureList, is_hidden
 from engine.run import DTYPES
-from families import family_of
+from families import family_of, full_name
 
 BATCH = 16  # prompts that are encoded together
 CAPTION_FILE = "metadata.jsonl"
@@ -35,7 +35,8 @@ def list_captioned(folder):
     for path in paths:
         text = told.get(path)
         if text is None and path.with_suffix(".txt").is_file():
-            text = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            with flag_errors("--data-path", path.with_suffix(".txt")):
+                text = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
         if text is None:
             raise InputError(
                 f"--data-path {folder}: {path.relative_to(folder)} has no caption; expected a line of {CAPTION_FILE} "
@@ -49,15 +50,26 @@ def read_captions(folder):
     """{path: caption} of all metadata.jsonl files below a folder."""
     told = {}
     for file in sorted(folder.rglob(CAPTION_FILE)):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            with flag_errors("--data-path", f"{file}, line {number}"):
-                row = json.loads(line) if line.strip() else {}
-                name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-                if row and not (isinstance(name, str) and isinstance(text, str)):
-                    raise ValueError("expected a JSON object with file_name and text")
-            if row:
+        with flag_errors("--data-path", file):
+            lines = file.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with flag_errors("--data-path", f"{file}, line {number}"):
+                    name, text = read_caption(line)
                 told[file.parent / name] = text
     return told
+
+
+def read_caption(line):
+    """(file name, caption) of a line of metadata.jsonl. Raises ValueError for another line."""
+    try:
+        row = json.loads(line)
+        name, text = row["file_name"], row["text"]
+        if isinstance(name, str) and isinstance(text, str):
+            return name, text
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError("expected a JSON object with file_name and text")
 
 
 def encode_prompts(folder, model, texts, space, run):
@@ -69,15 +81,21 @@ def encode_prompts(folder, model, texts, space, run):
     """
     target, half = Path(folder) / "prompts", run.precision != "fp32"
     if (target / "call.json").is_file():
+        encoded_by = read_json("--features-path", target / "call.json").get("pipeline")
+        if encoded_by != full_name(model):
+            raise InputError(
+                f"--features-path {folder}: its prompts are of {encoded_by}, not of --model {model}; take another "
+                "folder"
+            )
         return
     with flag_errors("--model", model):
         recorder = family_of(model).make_recorder(model, run.device, DTYPES[run.precision])
-        call = describe_call(recorder, texts, space)
+        call = describe_call(recorder, texts, space, full_name(model))
     with flag_errors("--model", model), write_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for path, part in list_parts(call.template):
             if "constant" in part:
-                write_array(target / f"{path}.npy", part["constant"].cpu().numpy())
+                write_array(target / f"{path}.npy", to_array(part["constant"], half=False))
                 part["constant"] = None
         write_rows(target, call, recorder, [*texts, ""], space, half)
         about = asdict(call)
@@ -85,7 +103,7 @@ def encode_prompts(folder, model, texts, space, run):
         write_json(target / "call.json", about)
 
 
-def describe_call(recorder, texts, space):
+def describe_call(recorder, texts, space, pipeline):
     """The Call of a pipeline, with tensors for constants. Raises ValueError for what training could not follow."""
     longest = max(texts, key=len, default="")
     seen = recorder.record([longest], space.image_size)
@@ -100,7 +118,7 @@ def describe_call(recorder, texts, space):
     scheduler = recorder.pipeline.scheduler
     config = {**json.loads(scheduler.to_json_string()), "_class_name": type(scheduler).__name__}
     known = {"layout": layout, "output": output, "template": template, "scheduler": config}
-    return Call(recorder.class_name, **names, **known, count=len(texts), cut=[])
+    return Call(recorder.class_name, **names, **known, count=len(texts), cut=[], pipeline=pipeline)
 
 
 def write_rows(target, call, recorder, texts, space, half):

@@ -1,6 +1,7 @@
 """Writing what a pruning script has decided: the cut weights, the facts about them, and a look at what they draw."""
 
 import math
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,22 +11,28 @@ from engine.errors import InputError, check_apart, check_folder, check_writable,
 from engine.files import plain
 from engine.profile import Profiler, describe_profile
 from engine.sampling import preview_labels
-from families import depth_name, describe_shapes, family_of
+from families import depth_name, describe_shapes, family_of, full_name
 
 
-def check_target(flag, path, model, **inputs):
-    """Raise InputError unless pruned weights of `model` can be written to `path`, apart from the inputs.
-
-    A family whose models are folders writes one: a new one, or in place of an earlier network.
-    """
-    if not family_of(model).save:
-        check_writable(flag, path, **inputs)
+def check_target(settings, path, **inputs):
+    """Raise InputError unless a pruning script can write its weights to `path`, and its pipeline, apart from inputs."""
+    family, model = settings.family, settings.model
+    export = settings.own("prune").get("export_pipeline")
+    if not family.save:
+        check_writable("--save-model", path, **inputs)
         return
+    check_network_folder("--save-model", path, {**inputs, "model": model})
+    if export:
+        family.check_export(export, model, {**inputs, "save_model": path})
+
+
+def check_network_folder(flag, path, inputs):
+    """Raise InputError unless a network of diffusers can be written to a folder: a new one, or in place of another."""
     if not path:
         raise InputError(f"{flag}: missing; name the folder to write")
     check_folder(flag, path)
-    check_apart(flag, Path(path) / "config.json", {**inputs, "model": model})
-    held = [entry for entry in Path(path).iterdir()] if Path(path).is_dir() else []
+    check_apart(flag, Path(path) / "config.json", inputs)
+    held = list(Path(path).iterdir()) if Path(path).is_dir() else []
     if held and not (Path(path) / "config.json").is_file():
         raise InputError(f"{flag} {path}: is not empty, and no network of diffusers; name a new folder")
 
@@ -39,7 +46,9 @@ def save_pruned(run, path, state, model, space, profiler=None, own=None, **facts
     """
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     depths, family = describe_shapes(shapes, model)["depths"], family_of(model)
-    name = str(path) if family.save else depth_name(model, depths)
+    name = os.path.abspath(path) if family.save else depth_name(model, depths)
+    if isinstance(facts.get("source"), str):
+        facts["source"] = full_name(facts["source"])
     facts |= {"model": name, "num_classes": space.num_classes, "vae": space.vae}
     if profiler:
         facts["profile"] = find_profile(path, facts, profiler) or profiler.compare(state)

@@ -15,7 +15,7 @@ from engine.lock import take_folder
 from engine.settings import TYPED
 from engine.trackers import Trackers
 from engine.weight_files import read_file
-from families import FAMILIES
+from families import FAMILIES, short_name
 
 # Settings that may change when the same command resumes a run: they do not change its numbers.
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
@@ -231,7 +231,7 @@ def open_log(path):
 
 def run_path(parent, prefix, model):
     """Path of a run folder: <parent>/<prefix>-<model>."""
-    return Path(parent) / "-".join(filter(None, [prefix, model.replace("/", "-")]))
+    return Path(parent) / "-".join(filter(None, [prefix, short_name(model)]))
 
 
 def read_precision(about):

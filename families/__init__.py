@@ -4,9 +4,10 @@ Another family is one new file in this folder and one line here. Importing this 
 """
 
 import importlib
-from contextlib import contextmanager
+import os
 
 from families.dit import DIT
+from families.hollow import parameters_on_meta
 from families.mar import MAR
 from families.names import read_name, write_name
 from families.of_diffusers import DIFFUSERS, is_place
@@ -62,6 +63,16 @@ def depth_name(name, depths):
     return write_name(family, config["hidden_size"], depths, config["patch_size"])
 
 
+def full_name(name):
+    """A name that holds wherever one is: of a model that is a folder, its whole path."""
+    return os.path.abspath(name) if os.path.isdir(name) and is_place(name) else name
+
+
+def short_name(name):
+    """A name as part of the names of files: DiT-XL/2 is DiT-XL-2, a folder is its last part."""
+    return os.path.basename(name.rstrip("/")) if is_place(name) else name.replace("/", "-")
+
+
 def create_model(name, **overrides):
     """Build the network called `name`; `overrides` are constructor arguments, such as input_size or groups."""
     return _find_network(name)(**{**model_config(name), **overrides})
@@ -74,28 +85,6 @@ def sketch_model(name, **overrides):
     network = _find_network(name)  # before the context, in which libraries must not be imported for the first time
     with torch.random.fork_rng(devices=[]), parameters_on_meta():
         return network(**{**model_config(name), **overrides})
-
-
-@contextmanager
-def parameters_on_meta():
-    """Parameters that modules are given meanwhile go to torch's meta device, but for lists of them, such as gates.
-
-    Buffers stay where they are made, as a state dict does not have all of them.
-    """
-    from torch import nn
-
-    register = nn.Module.register_parameter
-
-    def register_empty(module, name, param):
-        if param is not None and not isinstance(module, nn.ParameterList):
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_empty
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def _find_network(name):

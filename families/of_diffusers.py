@@ -59,7 +59,15 @@ def network_module():
 
 
 def find_stacks(config):
-    return network_module().find_stacks(config["class_name"], config["config"])
+    from families import diffusers_stacks
+
+    return diffusers_stacks.find_stacks(config["class_name"], config["config"])
+
+
+def find_fixed_layers(config):
+    from families.diffusers_stacks import fixed_layers
+
+    return fixed_layers(find_stacks(config))
 
 
 def describe(shapes, name):
@@ -81,7 +89,9 @@ def count_channels(config):
 
 def takes_tokens(config):
     """Whether the pipeline packs 2 x 2 latents into a token."""
-    return any(name in TOKENS for name in network_module().list_arguments(config["class_name"]))
+    from families.diffusers_stacks import list_arguments
+
+    return any(name in TOKENS for name in list_arguments(config["class_name"]))
 
 
 def stack_names(config):
@@ -105,7 +115,7 @@ def find_pipeline(name):
         seen.add(name)
         if name.startswith(HUB) or (Path(name) / "model_index.json").is_file():
             return name
-        facts = Path(f"{str(name).rstrip('/')}.json")
+        facts = Path(f"{Path(name)}.json")
         name = load_json(facts).get("source") if facts.is_file() else None
     return None
 
@@ -123,16 +133,17 @@ def read_prompts(prompts, data_path=None):
 
 
 def tell_settings(name, typed):
-    """Settings that the prompts tell, {setting: value}, and those that the model's folder tells.
+    """Settings that typed flags tell, {setting: value}, and those that the model's folder tells.
 
-    typed: {setting: value} of the command line. Prompts are stronger than what is recorded with latents and weights,
-    the folder is weaker.
+    typed: {setting: value} of the command line. What it tells is stronger than what is recorded with latents and
+    weights, the folder is weaker. A transformer alone works without an autoencoder.
     """
-    pipeline = find_pipeline(name)
+    pipeline = typed.get("pipeline") or find_pipeline(name)
     folder = Path(locate(pipeline)) if pipeline else None
     has_vae = folder and (folder / "vae" / "config.json").is_file()
-    prompts = {"num_classes": len(read_prompts(typed["prompts"]))} if typed.get("prompts") else {}
-    return prompts, {"vae": str(folder / "vae")} if has_vae else {}
+    vae = {"vae": str(folder / "vae") if has_vae else "none"}
+    told = {"num_classes": len(read_prompts(typed["prompts"]))} if typed.get("prompts") else {}
+    return (told | vae, {}) if typed.get("pipeline") else (told, vae)
 
 
 def make_recorder(name, device, dtype):
@@ -181,7 +192,7 @@ def save(path, state, model, facts, export_pipeline=None):
 
     config = find_model(model)
     network_module().save_network(path, config["class_name"], config["config"], state, facts["kept"])
-    write_json(f"{path}.json", facts)
+    write_json(f"{Path(path)}.json", facts)
     if export_pipeline:
         copy_pipeline(locate(find_pipeline(model)), export_pipeline, path)
 
@@ -204,6 +215,19 @@ def export(output, state, model, facts, with_pipeline):
     network_module().save_network(folder, config["class_name"], config["config"], state, range(depth))
     write_json(f"{folder}.json", facts)
     return [f"from diffusers import {class_name}", f'{class_name}.from_pretrained("FOLDER")']
+
+
+def check_export(target, model, inputs):
+    """Raise InputError unless the pipeline of `model` can be written to a new or empty folder, apart from inputs."""
+    from engine.errors import InputError, check_apart, check_folder
+
+    flag, pipeline = "--export-pipeline", find_pipeline(model)
+    if not pipeline:
+        raise InputError(f"{flag} {target}: --model {model} belongs to no pipeline that is known; leave it out")
+    check_apart(flag, Path(target) / "config.json", {**inputs, "model": locate(pipeline)})
+    check_folder(flag, target)
+    if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
+        raise InputError(f"{flag} {target}: is there and not an empty folder; name a new one")
 
 
 def copy_pipeline(pipeline, target, transformer=None):
@@ -236,13 +260,15 @@ DIFFUSERS = Family(
     find_model=find_model,
     describe=describe,
     stack_names=stack_names,
-    fixed_layers=lambda config: network_module().fixed_layers(find_stacks(config)),
+    fixed_layers=find_fixed_layers,
     own_weights=find_own_weights,
     tell_settings=tell_settings,
     has_captions=True,
     make_recorder=make_recorder,
     save=save,
     export=export,
+    check_export=check_export,
+    sample_hint={"prompts": "PROMPTS"},
     pruned_file="pruned",
     asks={"train": ("model", "data_path"), "sample": ("model", "data_path")},
     flags={

@@ -38,6 +38,7 @@ def average_dropped(state, kept, stacks=STACKS):
 
     Within a stack; of two kept layers as near as each other the earlier takes the dropped one in.
     """
+    check_alike({key: value.shape for key, value in state.items()}, stacks)
     merged, start = dict(state), 0
     for stack, depth in stack_depths(state, stacks).items():
         stay = [layer - start for layer in sorted(kept) if start <= layer < start + depth]
@@ -52,6 +53,15 @@ def average_dropped(state, kept, stacks=STACKS):
                 merged[key] = torch.stack(parts).mean(0).to(value.dtype)
         start += depth
     return merged
+
+
+def check_alike(shapes, stacks=STACKS):
+    """Raise ValueError if a weight of blocks, of {key: shape}, has different shapes in a stack: it has no average."""
+    seen = {}
+    for key, shape in shapes.items():
+        found = read_key(key, stacks)
+        if found and seen.setdefault((found[0], found[2]), tuple(shape)) != tuple(shape):
+            raise ValueError(f"{key} has another shape than in other layers, so they have no average; take --init kept")
 
 
 def cut_layers(state, kept, init="kept", stacks=STACKS):

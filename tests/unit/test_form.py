@@ -24,7 +24,11 @@ ALLOWED = {  # part -> modules it may import besides the standard library
     "models_mar.py": {"torch", "timm", "models", "families.mar", "pruning.gates", "pruning.patterns"},
     "models_diffusers.py": {"torch", "diffusers", "families", "pruning", "engine.errors"},
     "families": {"torch", "diffusion", "families"},
-    "families/of_diffusers.py": {"diffusion", "families", "pruning.surgery", "engine.files", "engine.hub"},
+    "families/of_diffusers.py": {
+        *("diffusion", "families", "pruning.surgery"),
+        *("engine.errors", "engine.files", "engine.hub"),
+    },
+    "families/diffusers_stacks.py": {"torch", "diffusers", "families", "pruning.surgery"},
     "families/dit_diffusers.py": {"torch", "numpy", "scipy", "families", "models"},
     "evaluation": {
         "torch",

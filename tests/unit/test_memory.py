@@ -7,7 +7,8 @@ from diffusers_classes import CLASSES
 from benchmarks.memory import MODELS, RANK, count, count_bytes, halve
 from engine.run import Run, cast_frozen_weights
 from engine.trainer import Trainer, TrainingOptions
-from models_diffusers import find_stacks, make_network, sketch
+from families.diffusers_stacks import find_stacks, sketch
+from models_diffusers import make_network
 from pruning.lora import add_lora
 
 PUBLISHED = {  # weights at full depth, and layers of the stacks

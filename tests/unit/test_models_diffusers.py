@@ -19,16 +19,8 @@ from torch.utils._pytree import tree_map
 
 import models_diffusers
 from engine.errors import InputError
-from models_diffusers import (
-    PrunableNetwork,
-    cut_config,
-    find_stacks,
-    find_streams,
-    first_output,
-    fixed_layers,
-    make_network,
-    save_network,
-)
+from families.diffusers_stacks import cut_config, find_stacks, fixed_layers
+from models_diffusers import PrunableNetwork, find_streams, first_output, make_network, save_network
 from pruning.gates import block_stacks, decide
 from pruning.surgery import keep_layers
 
@@ -47,7 +39,7 @@ MISFIT = r"cannot be cut \((\w+): the blocks that are left do not fit a shallowe
 PLACE = r"with layers \[[\d, ]+\] alone its output is not that of diffusers' network"
 ROWS = r"a stream of tokens has (\d+) rows for 2 samples"
 NO_NAMES = r"\w+ returns .*, which are not among its arguments"
-NO_NETWORK = r"^diffusers [\w.]+ has no transformer called \w+$"
+NO_NETWORK = r"^is of the class \w+; diffusers [\w.]+ has no such transformer$"
 TOLD = {  # kind of reason -> what the page says
     SHARED: "one number of its config is the depth of several lists",
     NO_NUMBER: "no number of its config can be made smaller alone",
@@ -530,6 +522,13 @@ def test_class_works_or_says_why_not(name):
         assert re.search(REFUSED[name], found.reason)
     else:
         assert not found.reason
+
+
+def test_list_of_compared_classes(root):
+    """The classes that are cut without data to compare a network on are those that are compared here."""
+    listed = (root / "families" / "diffusers_classes.txt").read_text().split()
+    assert listed == sorted(WORKING)
+    assert {name for name in CLASSES if measure(name).net is not None} == set(listed)
 
 
 @pytest.mark.parametrize("name", WORKING)

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from test_form import imports, sources
 
-FILES = ("requirements.txt", "requirements-demo.txt", "requirements-dev.txt")
+FILES = ("requirements.txt", "requirements-demo.txt", "requirements-prompts.txt", "requirements-dev.txt")
 PLATFORM = ("nvidia", "cuda", "triton")  # of torch's build, which pins them itself
 OPTIONAL = {"tensorflow", "tensorboard", "wandb"}  # imported where a flag asks for them
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # of modules of another name
@@ -93,23 +93,28 @@ def test_installed_versions_are_in_their_ranges(root):
 
 def imported(root, *left_out):
     """Packages from outside that the project's files import, but those of some folders and what is optional."""
-    files = [path for path in sources(root) if path.relative_to(root).parts[0] not in left_out]
+    files = [
+        path
+        for path in sources(root)
+        if not any(path.relative_to(root).as_posix().startswith(f"{folder}/") for folder in left_out)
+    ]
     ours = {path.stem for path in sources(root)} | {path.name for path in root.iterdir() if path.is_dir()}
     names = {name.split(".")[0] for path in files for name in imports(path)} - ours - set(sys.stdlib_module_names)
     return {canonicalize_name(PACKAGES.get(name, name)) for name in names - OPTIONAL}
 
 
 def test_what_is_imported_is_required(root):
-    """By what is run in earnest, the walkthrough and the benchmarks; the first requires no more than it imports."""
-    runtime, demo, everything = (set(requirements(root, name)) for name in FILES)
+    """By what is run in earnest, the walkthroughs and the benchmarks; the first requires no more than it imports."""
+    runtime, demo, prompts, everything = (set(requirements(root, name)) for name in FILES)
     assert imported(root, "benchmarks", "examples") == runtime
-    assert imported(root, "benchmarks") <= demo
+    assert imported(root, "benchmarks", "examples/prompts") <= demo
+    assert imported(root, "benchmarks") <= prompts
     assert imported(root) <= everything
     pictures = {name.split(".")[0] for name in imports(root / "benchmarks" / "pictures.py")}  # for the walkthrough
     assert {name for name in pictures if find_installed(name)} <= demo
 
 
-@pytest.mark.parametrize("target", ["demo", "demo-sit", "demo-mar", "test", "bench"])
+@pytest.mark.parametrize("target", ["demo", "demo-sit", "demo-mar", "demo-t2i", "test", "bench"])
 @pytest.mark.parametrize("lock", ["", "requirements.lock"])
 def test_what_targets_install(root, target, lock):
     """The walkthroughs do without TensorFlow and the like; a lock holds for all of it."""
@@ -119,14 +124,15 @@ def test_what_targets_install(root, target, lock):
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
     shown = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout
     installs = [line.split(" -r ")[1] for line in shown.splitlines() if "pip install" in line]
-    file = "requirements-demo.txt" if target.startswith("demo") else "requirements-dev.txt"
+    usual = "requirements-demo.txt" if target.startswith("demo") else "requirements-dev.txt"
+    file = {"demo-t2i": "requirements-prompts.txt"}.get(target, usual)
     assert [text.split() for text in installs] == [[file, *(["-c", lock] if lock else [])]]
 
 
 def test_walkthrough_is_small(root):
     heavy = {"tensorflow-cpu", "torch-fidelity", "wandb", "tensorboard", "selenium", "mlxtend"}
     assert not heavy & set(requirements(root, FILES[1]))
-    assert heavy <= set(requirements(root, FILES[2]))
+    assert heavy <= set(requirements(root, FILES[-1]))
 
 
 def test_readme_names_requirements(root):

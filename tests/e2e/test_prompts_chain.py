@@ -418,21 +418,29 @@ def test_grad_checkpointing_learns_the_same(make_chain, tmp_path, run_script, na
     compare_states(read_last(again)["model"], read_last(plain)["model"], 1e-7)
 
 
-@pytest.mark.parametrize("update", ["--lora", "--no-lora"])
-def test_half_precision(chain, tmp_path, run_script, same_weights, update):
-    """Learning in bfloat16: losses near those of float32, and weights that are as they were.
+def check_half(chain, folder, run_script, same_weights, learn):
+    """Losses in bfloat16 near those of float32, and weights that are as they were.
 
     Flux and Qwen round the time to that precision, as their pipelines do, which a network of random weights notices.
     """
-    words = [word for word in chain.learn if word != "--lora" or update == "--lora"]
-    words += ["--precision", "bf16", "--results-dir", tmp_path, "--save-model", tmp_path / "out"]
-    run_script("prune_by_learning", *words)
-    check_cut(chain, tmp_path / "out", same_weights)
-    (folder,) = (f for f in tmp_path.iterdir() if (f / "metrics.jsonl").is_file())
+    words = ["--precision", "bf16", "--results-dir", folder, "--save-model", folder / "out"]
+    run_script("prune_by_learning", *learn, *words)
+    check_cut(chain, folder / "out", same_weights)
+    (mine,) = (f for f in folder.iterdir() if (f / "metrics.jsonl").is_file())
     (usual,) = (f for f in chain.runs.iterdir() if f.name.startswith("learn_mask"))
-    first, expected = rows_of(folder)[1], rows_of(usual)[1]
+    first, expected = rows_of(mine)[1], rows_of(usual)[1]
     assert first["loss"] == pytest.approx(expected["loss"], rel=0.15 if chain.name in ("flux", "qwen") else 0.01)
     assert first["grad_norm"] != expected["grad_norm"]
+
+
+def test_half_precision(chain, tmp_path, run_script, same_weights):
+    check_half(chain, tmp_path, run_script, same_weights, chain.learn)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_half_precision_of_a_full_update(make_chain, tmp_path, run_script, same_weights, name):
+    chain = make_chain(name)
+    check_half(chain, tmp_path, run_script, same_weights, [word for word in chain.learn if word != "--lora"])
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -611,3 +619,53 @@ def test_refused_folders(make_chain, tmp_path, run_script):
         with pytest.raises(InputError, match=r"--save-model .*: (belongs to --|is not empty)"):
             run_script("prune_by_index", *words, target)
     assert {path: path.read_bytes() for path in chain.pipeline.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_criteria_without_data(make_chain, tmp_path, run_script, same_weights, criterion):
+    """Those that read no images need none."""
+    chain, out = make_chain("pixart"), tmp_path / "cut"
+    words = ["--ckpt", chain.pipeline, "--n-pruned", 1, "--criterion", criterion, "--save-model", out]
+    run_script("prune_by_score", *words, "--image-size", chain.size)
+    assert len(check_cut(chain, out, same_weights)["kept"]) == 3
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3"])
+def test_average_of_dropped_layers(make_chain, tmp_path, run_script, name):
+    """Diffusers opens the folder; or the reason is told, before anything is learnt, where layers are not alike."""
+    chain, out = make_chain(name), tmp_path / "cut"
+    words = ["--ckpt", chain.pipeline, "--scheme", "bk-sdm", "--init", "average", "--save-model", out]
+    if name == "sd3":
+        with pytest.raises(InputError, match="average"):
+            run_script("prune_by_index", *words)
+        return
+    run_script("prune_by_index", *words)
+    plain, averaged = keep_layers(chain.state, [0, 3], chain.names), open_cut(out).state_dict()
+    moved = {key for key in plain if not torch.equal(plain[key], averaged[key])}
+    assert moved == {key for key in plain if key.startswith("transformer_blocks.")}
+
+
+def test_refused_exports(make_chain, tmp_path, capsys):
+    """Before anything is learnt or written: of a transformer alone, to a file, and to the pipeline itself."""
+    chain = make_chain("pixart")
+    alone = shutil.copytree(chain.pipeline / "transformer", tmp_path / "alone")
+    (tmp_path / "file").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for model, target in ((alone, tmp_path / "whole"), (chain.pipeline, tmp_path / "file"), (chain.pipeline,) * 2):
+        words = [*chain.learn, "--vae", chain.pipeline / "vae", "--results-dir", tmp_path / "runs"]
+        words += ["--save-model", tmp_path / "out", "--export-pipeline", target]
+        words[1] = model
+        assert "--export-pipeline" in refuse(capsys, "prune_by_learning", words)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_folder_with_a_slash_at_its_end(make_chain, tmp_path, run_script):
+    """As a shell completes it: the facts are found, and the pipeline by them."""
+    chain = make_chain("pixart")
+    run_script(
+        "prune_by_index", "--ckpt", f"{chain.pipeline}/", "--scheme", "bk-sdm", "--save-model", f"{tmp_path}/cut/"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "cut.json"]
+    words = ["--ckpt", f"{tmp_path}/cut/", "--prompts", "a cat", "--num-sampling-steps", 2, "--image-size", chain.size]
+    run_script("sample", *words, "--output", tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").is_file()
