@@ -4,6 +4,7 @@ Example:
   python export_diffusers.py --model DiT-D14/2 --ckpt TinyDiT-D14-MaskedKD-500K.pt --output outputs/D14-diffusers
 """
 
+import os
 from pathlib import Path
 
 from engine.cli import Command, launch
@@ -71,7 +72,11 @@ def export_own(settings):
 
     weights, run, output = settings.weights["ckpt"], Run("cpu"), settings.output
     part = output if settings.transformer_only else str(Path(output) / "transformer")
-    check_network_folder("--output", part, {"ckpt": weights.name, "model": settings.model})
+    sources = trace_source(weights.name, weights.facts)
+    check_network_folder("--output", part, {"ckpt": weights.name, "model": settings.model, "SOURCES": sources})
+    is_export = os.path.isfile(f"{part}.json")  # the facts of an earlier one
+    if not settings.transformer_only and os.path.isdir(output) and os.listdir(output) and not is_export:
+        raise InputError(f"--output {output}: is not empty, and no earlier export; name a new folder")
     metrics = read_metrics(settings.metrics) if settings.metrics else None
     weights.check_fit(settings.model, {})
     print_start(settings, run)
@@ -80,7 +85,6 @@ def export_own(settings):
     facts = {**weights.facts, "model": settings.model}
     with flag_errors("--output", output):
         opening = settings.family.export(output, weights.state, settings.model, facts, not settings.transformer_only)
-    sources = trace_source(weights.name, facts)
     write_card(Path(output) / "README.md", settings.model, sources, facts, opening, settings.data, metrics)
     run.print(f"wrote {output}")
 

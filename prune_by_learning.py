@@ -194,22 +194,20 @@ def main(settings):
     from engine.endings import say_recovery
     from engine.networks import StateSketch, build_teacher
     from engine.profile import Profiler
-    from engine.pruned import save_pruned
+    from engine.pruned import check_start, save_pruned
     from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
     from pruning.gates import GateSchedule, decide, keep_probabilities, likeliest, set_routing
     from pruning.lora import learned_weights
     from pruning.patterns import format_pattern
-    from pruning.surgery import check_alike, cut_layers
+    from pruning.surgery import cut_layers
 
     groups = choose_groups(settings.model, settings.pattern, settings.candidates)
     run, save_model = make_run(settings, COMMAND), choose_file(settings)
     space, data = open_data(settings)
     watch = make_watch(settings, run, data, space)
     networks, original = plan_networks(settings, groups, data, space), settings.weights["load_weight"]
-    if settings.init == "average" and original.opened:
-        with flag_errors("--init", settings.init):
-            check_alike(original.opened.shapes, stack_names(settings.model))
+    check_start(settings.init, original, settings.model)
     start = networks["network"]
     sketch = start.build_without_memory()
     add_update(sketch, settings, run.precision)

@@ -140,7 +140,7 @@ def main(settings):
     from engine.distributed import on_main
     from engine.endings import say_recovery
     from engine.file_settings import read_latents
-    from engine.pruned import check_target, save_preview, write_choice
+    from engine.pruned import check_start, check_target, save_preview, write_choice
     from engine.run import Run
     from engine.sampling import SamplingPlan
     from engine.start import print_start
@@ -158,6 +158,7 @@ def main(settings):
     weights = settings.weights["ckpt"]
     config = {**weights.read_config(settings.model), "num_classes": settings.num_classes}
     weights.check_fit(settings.model, config)
+    check_start(settings.init, weights, settings.model)
     plan = settings.make(SamplingPlan, weights=weights, space=space, own=settings.own("sample"))
     if settings.preview:
         plan.check()

@@ -149,6 +149,8 @@ def main(settings):
     names = (*SAMPLE_SETTINGS, *LATER_SETTINGS)
     made_with = {name: getattr(settings, name) for name in names} | own | {"weights": weights.digest}
     made_with.pop("head_graphs", None)
+    if digest := getattr(plan.make_sampler(), "digest", None):  # of what its flags name
+        made_with["sampler"] = digest
     file = os.stat(weights.path)
     earlier = {"ckpt_size": file.st_size, "ckpt_changed": file.st_mtime}
     name = name_folder(settings, weights.path)

@@ -9,7 +9,7 @@ from engine.cli import Command, launch, unused_flags
 from engine.errors import InputError, flag_errors
 from engine.flags import LORA_FLAGS, PREVIEW, TRAINING_FLAGS, shared
 from engine.settings import TYPED
-from families import family_of, model_name, stack_layers
+from families import family_of, model_name, stack_layers, stack_names
 from families.flags import NEEDED, Flag, amount, limit, path_flag, path_text, share, whole
 
 COMMAND = Command(
@@ -73,7 +73,11 @@ def pair_layers(model, teacher, pattern, recorded):
     is_even = all(t % s == 0 for s, t in zip(student_layers, teacher_layers, strict=True))
     text = pattern or (None if is_even else recorded or family.patterns.get(model))
     with flag_errors("--pattern", text or f"for --model {model} and --teacher {teacher}"):
-        groups = parse_groups(text, teacher_layers) if text else even_groups(student_layers, teacher_layers)
+        groups = (
+            parse_groups(text, teacher_layers, stack_names(teacher))
+            if text
+            else even_groups(student_layers, teacher_layers)
+        )
         return layer_pairs(sum(student_layers), sum(teacher_layers), groups)
 
 

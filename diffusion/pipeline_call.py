@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+LAYOUTS, OUTPUTS = ("grid", "frames", "tokens"), ("whole", "half")  # see find_layout and find_output
 FACTORS = (1.0, 1e-3)  # of the scheduler's time, as networks take it
 USUAL = {  # arguments of pipelines, where they have them: no guidance, no other sizes than asked for, one frame
     "guidance_scale": 1.0,
@@ -37,6 +38,7 @@ class Recording:
     arguments: list = field(default_factory=list)
     outputs: list = field(default_factory=list)
     steps: list = field(default_factory=list)  # (model output, time, latents)
+    mu: float | None = None  # that the pipeline gives a scheduler which shifts by the size of pictures
 
 
 class PipelineRecorder:
@@ -59,6 +61,7 @@ class PipelineRecorder:
         if "prompt" not in self.options:
             raise ValueError(f"{type(pipeline).__name__} takes no prompt")
         pipeline.scheduler.step = self._note_step
+        self.set_timesteps, pipeline.scheduler.set_timesteps = pipeline.scheduler.set_timesteps, self._note_schedule
 
     def _note_step(self, output, time, latents, *_, **__):
         self.seen.steps.append((output, time, latents))
@@ -66,10 +69,23 @@ class PipelineRecorder:
             raise StopCalling
         return (latents,)
 
-    def record(self, texts, size):
-        """The Recording of two steps for these prompts, of pictures of `size` pixels."""
+    # A pipeline looks at what its scheduler takes; so this has the arguments that schedulers have.
+    def _note_schedule(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        self.seen.mu = mu if mu is None else float(mu)
+        given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.set_timesteps(num_inference_steps, device=device, **given)
+
+    def record(self, texts, size, guided=False):
+        """The Recording of two steps for these prompts, of pictures of `size` pixels; guided: by the empty prompt."""
         self.seen.arguments.clear(), self.seen.outputs.clear(), self.seen.steps.clear()
         usual = {name: value for name, value in USUAL.items() if name in self.options}
+        if "true_cfg_scale" in usual and not self.stand_in.config.get("guidance_embeds"):
+            usual.pop("guidance_scale", None)  # which pipelines remark on, where the transformer is not told
+        if guided:
+            is_true = "true_cfg_scale" in usual  # beside a guidance that the transformer is told
+            usual["true_cfg_scale" if is_true else "guidance_scale"] = 2.0
+            usual |= {"negative_prompt": [""] * len(texts)} if is_true else {}
         with plain_errors(f"{type(self.pipeline).__name__} fails"), torch.no_grad():
             try:
                 asked = {"prompt": list(texts), "height": size, "width": size, "num_inference_steps": 2}
@@ -162,6 +178,30 @@ def find_names(recording):
                 return {"latents": same[0], "time": name, "factor": factor}
     told = ", ".join(f"{name} {float(given[name].flatten()[0]):g}" for name in times) or "no time"
     raise ValueError(f"at the scheduler's time {float(time):g} the pipeline gives the transformer {told}")
+
+
+def find_unguided(recording, latents):
+    """What the transformer is given for the empty prompt: (arguments of a call, the row in it), of a guided Recording.
+
+    latents: name of the argument. Pipelines call it twice, the empty prompt second, or once with that prompt's rows
+    first. A pipeline that does neither is not guided by an empty prompt: its rows are those of any prompt.
+    """
+    first, rows = recording.arguments[0], len(recording.steps[0][2])
+    if len(first[latents]) == 2 * rows:
+        return first, 0
+    is_second = len(recording.arguments) > len(recording.steps)
+    return (recording.arguments[1], 0) if is_second else (None, 0)
+
+
+def check_noise(recording, scheduler):
+    """Raise ValueError unless the noise of a scheduler of flow matching is what its times say."""
+    sigmas, steps = getattr(scheduler, "sigmas", None), scheduler.config.get("num_train_timesteps", 1000)
+    if scheduler.config.get("invert_sigmas"):
+        raise ValueError("the scheduler counts time from data to noise")
+    for place, (_, time, _) in enumerate(recording.steps if sigmas is not None else ()):
+        told, found = float(time) / steps, float(sigmas[place])
+        if abs(found - told) > 1e-2:
+            raise ValueError(f"at time {float(time):g} the scheduler has a noise of {found:.3g}, not of {told:.3g}")
 
 
 def find_output(recording):

@@ -4,6 +4,7 @@ A folder `prompts` beside the latents holds `call.json` and arrays: how the pipe
 diffusion/pipeline_call.py), and what it gives it for every prompt; the last row is the empty prompt's.
 """
 
+import hashlib
 import inspect
 import json
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion.pipeline_call import USUAL, open_pipeline
+from diffusion.pipeline_call import FACTORS, LAYOUTS, OUTPUTS, USUAL, open_pipeline, plain_errors
 
 EACH = (slice(None), None, None, None)  # a number for every sample, to multiply latents (N, C, h, w) with
 
@@ -41,12 +42,13 @@ def from_layout(out, layout, size):
 
 @dataclass
 class Call:
-    """How a transformer is called, and the prompts; the fields to `scheduler` are those of call.json.
+    """How a transformer is called, and the prompts; but for the folder, the fields are those of call.json.
 
     network: class name. latents, time: names of arguments. factor: of the scheduler's time. layout, output: see
     pipeline_call. template: the other arguments, see pipeline_call.describe_argument; arrays go by their path in it.
     scheduler: its config. count: of prompts without the empty one. cut: paths of arrays with as many tokens as the
-    longest prompt of a batch has; how many every prompt has is in lengths.npy. pipeline: that encoded them.
+    longest prompt of a batch has; how many every prompt has is in lengths.npy. pipeline: that encoded them. mu: what
+    it gives a scheduler that shifts by the size of pictures.
     """
 
     network: str
@@ -60,17 +62,18 @@ class Call:
     count: int
     cut: list
     pipeline: str = ""
+    mu: float | None = None
     folder: Path | None = None
 
     @classmethod
     def read(cls, folder):
         """The Call in a folder. Raises ValueError if there is none, or it is damaged."""
         folder = Path(folder)
+        if not (folder / "call.json").is_file():
+            raise ValueError(f"--data-path {folder.parent}: no prompts; run extract_features.py with --model")
         try:
             told = json.loads((folder / "call.json").read_text(encoding="utf-8"))
-            return cls(**told, folder=folder).open()
-        except FileNotFoundError:
-            raise ValueError(f"--data-path {folder.parent}: no prompts; run extract_features.py with --model") from None
+            return cls(**told, folder=folder).check().open()
         except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
             raise ValueError(
                 f"--data-path {folder}: damaged prompts ({error}); run extract_features.py again"
@@ -78,6 +81,23 @@ class Call:
 
     def __post_init__(self):
         self.arrays, self.constants = {}, {}
+
+    def check(self):
+        """This, or a ValueError if a value cannot be."""
+        fits = {
+            "layout": self.layout in LAYOUTS,
+            "output": self.output in OUTPUTS,
+            "factor": self.factor in FACTORS,
+            "template": isinstance(self.template, dict),
+            "scheduler": isinstance(self.scheduler, dict) and isinstance(self.scheduler.get("_class_name"), str),
+            "count": type(self.count) is int and self.count >= 0,
+            "latents": isinstance(self.latents, str),
+            "time": isinstance(self.time, str),
+            "cut": isinstance(self.cut, list),
+        }
+        if wrong := [name for name, is_right in fits.items() if not is_right]:
+            raise ValueError(f"{wrong[0]} is {getattr(self, wrong[0])!r:.100}")
+        return self
 
     def open(self):
         """Map the arrays."""
@@ -145,9 +165,11 @@ class PromptObjective(nn.Module):
         self.call, self.dropout, self.time_sampling, self.guidance = call, dropout, time_sampling, guidance
         config = call.scheduler
         self.steps = config.get("num_train_timesteps", 1000)
-        self.is_flow = "FlowMatch" in config["_class_name"] or config.get("prediction_type") == "flow_prediction"
+        self.is_flow = is_flow(config, config["_class_name"])
         self.kind = "flow" if self.is_flow else config.get("prediction_type", "epsilon")
         self.shift = shift
+        if self.is_flow and not shift:
+            find_shift(config, call.mu)  # to say at the start what is missing
         if self.kind not in ("flow", "epsilon", "v_prediction", "sample"):
             raise ValueError(f"the scheduler has the prediction {self.kind}; expected epsilon, v_prediction or sample")
         if not self.is_flow:
@@ -159,7 +181,7 @@ class PromptObjective(nn.Module):
         if self.is_flow:
             u = torch.randn(n, device=device).sigmoid() if self.time_sampling == "logit-normal" else None
             u = torch.rand(n, device=device) if u is None else u
-            shift = self.shift or find_shift(self.call.scheduler, self._count_tokens(x))
+            shift = self.shift or find_shift(self.call.scheduler, self.call.mu)
             spread = shift * u / (1 + (shift - 1) * u)
             t, signal = spread * self.steps, 1 - spread
         else:
@@ -171,14 +193,10 @@ class PromptObjective(nn.Module):
         rows = rows.cpu().numpy()
         return PromptDraw(t, signal, spread, noise, rows, self._inputs(rows, device))
 
-    def _count_tokens(self, x):
-        """Tokens that the pipeline counts for a picture, by which some schedulers shift."""
-        return x.shape[2] * x.shape[3] // (4 if self.call.layout == "tokens" else 1)
-
     def _inputs(self, rows, device):
         inputs = self.call.inputs(rows, device)
         if torch.is_tensor(inputs.get("guidance")):
-            inputs["guidance"] = torch.full((len(rows),), float(self.guidance), device=device)
+            inputs["guidance"] = inputs["guidance"] * self.guidance  # recorded at a guidance of 1
         return inputs
 
     def predict(self, net, x, y, draw, observe=None, mask=None):
@@ -220,6 +238,11 @@ class PromptObjective(nn.Module):
         return {"kd_loss": mean_square(student - teacher)}
 
 
+def is_flow(config, class_name):
+    """Whether a scheduler of this class and config is for flow matching."""
+    return "FlowMatch" in class_name or config.get("prediction_type") == "flow_prediction"
+
+
 def mean_square(difference):
     """(N, ...) -> (N,), in at least float32."""
     return difference.float().square().flatten(1).mean(1)
@@ -236,13 +259,17 @@ def read_alphas(config):
     return scheduler.alphas_cumprod.float()
 
 
-def find_shift(config, tokens):
-    """The factor by which a scheduler shifts the times of flow matching towards noise, for so many tokens."""
+def find_shift(config, mu):
+    """The factor by which a scheduler shifts the times of flow matching towards noise; mu: see Call.
+
+    Raises ValueError for a scheduler that needs mu where the pipeline gives none.
+    """
     if not config.get("use_dynamic_shifting"):
         return config.get("shift") or config.get("flow_shift") or 1.0
-    sizes = [config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)]
-    base, highest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = base + (highest - base) * (tokens - sizes[0]) / (sizes[1] - sizes[0])
+    if mu is None:
+        raise ValueError(
+            "the scheduler shifts by the size of pictures, and the pipeline does not say how; give --shift"
+        )
     return mu if config.get("time_shift_type") == "linear" else float(np.exp(mu))
 
 
@@ -257,10 +284,17 @@ class PipelineSampler(nn.Module):
         self.folder, self.prompts, self.steps, self.guidance = folder, list(prompts), steps, guidance
         self.takes_tokens, self.opened = takes_tokens, None
 
+    @property
+    def digest(self):
+        """A short digest of what pictures depend on besides network and settings: the prompts, and the pipeline."""
+        parts = "\n".join([str(self.folder), *self.prompts])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
     def open(self, net, device):
         """The pipeline with this network in it."""
         if self.opened is None:
-            self.opened = open_pipeline(self.folder, None).to(device)
+            with plain_errors(f"{self.folder} cannot be opened as a pipeline"):
+                self.opened = open_pipeline(self.folder, None).to(device)
         self.opened.transformer = net
         return self.opened
 
@@ -276,14 +310,14 @@ class PipelineSampler(nn.Module):
         if "true_cfg_scale" in options and not getattr(net.config, "guidance_embeds", False):
             asked |= {"true_cfg_scale": max(self.guidance, 1.0), "negative_prompt": [""] * len(y)}
             asked.pop("guidance_scale")
-        out = pipeline(
-            prompt=[self.prompts[k] for k in y.tolist()],
-            latents=to_layout(noise, layout),
-            num_inference_steps=self.steps,
-            height=noise.shape[2] * factor,
-            width=noise.shape[3] * factor,
-            output_type="latent",
-            return_dict=False,
-            **asked,
-        )[0]
+        asked |= {"height": noise.shape[2] * factor, "width": noise.shape[3] * factor}
+        with plain_errors(f"{type(pipeline).__name__} fails"):
+            out = pipeline(
+                prompt=[self.prompts[k] for k in y.tolist()],
+                latents=to_layout(noise, layout),
+                num_inference_steps=self.steps,
+                output_type="latent",
+                return_dict=False,
+                **asked,
+            )[0]
         return from_layout(out, layout, noise.shape[2:])

@@ -44,7 +44,7 @@ def tracker_list(text):
 FLAGS = [
     Flag(
         "model",
-        "network: a registered name, or e.g. DiT-D16/2",
+        "network: a registered name, e.g. DiT-D16/2, or a folder of diffusers (also hf://OWNER/NAME)",
         "DiT-XL/2",
         type=model_name,
         metavar="NAME",
@@ -151,7 +151,7 @@ FLAGS = [
     switch("dry-run", "check everything, show settings, sizes and steps, and stop", group=SYSTEM),
 ]
 LORA_FLAGS = (
-    switch("lora", "train adapters of every linear layer alone, and leave the weights: less memory"),
+    switch("lora", "train adapters of every linear layer alone; weights stay, held and saved in --precision"),
     Flag("lora-rank", "rank of --lora; its alpha is twice the rank", 8, type=count),
 )
 TABLE = {flag.name: flag for flag in FLAGS}

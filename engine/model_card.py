@@ -22,7 +22,7 @@ METRICS = ("is", "fid", "sfid", "precision", "recall")
 
 def trace_source(name, facts):
     """What weights were made from, nearest first: names of files, as long as there are facts beside them."""
-    found = [str(name)]
+    found, facts = [str(name)], facts or read_facts(name)
     while isinstance(facts.get("source"), str) and facts["source"] not in found:
         found.append(facts["source"])
         facts = read_facts(facts["source"])

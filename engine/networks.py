@@ -8,7 +8,7 @@ from engine.checkpoint import Weights
 from engine.errors import InputError
 from engine.run import cast_frozen_weights, compile_blocks
 from engine.weight_files import GATES
-from families import create_model, full_name, model_config, sketch_model
+from families import create_model, family_of, full_name, model_config, sketch_model
 from pruning.lora import add_lora
 
 
@@ -58,8 +58,14 @@ class NetworkStart:
         """Facts to record with weights of this network, which works on an engine.vae.LatentSpace."""
         source = full_name(self.weights.name) if self.weights else None
         known = self.weights.facts if self.weights else {}
-        facts = {"model": full_name(self.model), "num_classes": space.num_classes, "vae": space.vae, "source": source}
+        facts = {"model": full_name(self.model), **describe_space(self.model, space), "source": source}
         return facts | {name: known[name] for name in ("kept", "pattern", "profile") if name in known}
+
+
+def describe_space(model, space):
+    """Facts about the engine.vae.LatentSpace of a model; the number of prompts is none of a network with captions."""
+    classes = {} if family_of(model).has_captions else {"num_classes": space.num_classes}
+    return {**classes, "vae": space.vae}
 
 
 def build_teacher(start, run, settings):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.pipeline_call import describe_argument, find_layout, find_names, find_output
-from diffusion.prompts import Call, list_parts
+from diffusion.pipeline_call import check_noise, describe_argument, find_layout, find_names, find_output, find_unguided
+from diffusion.prompts import Call, is_flow, list_parts
 from engine.data import write_array
 from engine.errors import InputError, flag_errors
 from engine.files import is_picture, read_json, write_atomically, write_errors, write_json
@@ -97,7 +97,7 @@ def encode_prompts(folder, model, texts, space, run):
             if "constant" in part:
                 write_array(target / f"{path}.npy", to_array(part["constant"], half=False))
                 part["constant"] = None
-        write_rows(target, call, recorder, [*texts, ""], space, half)
+        write_rows(target, call, recorder, texts, space, half)
         about = asdict(call)
         del about["folder"]
         write_json(target / "call.json", about)
@@ -105,9 +105,11 @@ def encode_prompts(folder, model, texts, space, run):
 
 def describe_call(recorder, texts, space, pipeline):
     """The Call of a pipeline, with tensors for constants. Raises ValueError for what training could not follow."""
-    longest = max(texts, key=len, default="")
+    longest, scheduler = max(texts, key=len, default=""), recorder.pipeline.scheduler
     seen = recorder.record([longest], space.image_size)
-    one, names, output = seen.arguments[0], find_names(seen), find_output(seen)
+    one, names, output, mu = seen.arguments[0], find_names(seen), find_output(seen), seen.mu
+    if is_flow(scheduler.config, type(scheduler).__name__):
+        check_noise(seen, scheduler)
     layout = find_layout(one[names["latents"]].shape, (space.channels, space.size, space.size))
     two = recorder.record([longest, ""], space.image_size).arguments[0]
     template = {}
@@ -115,38 +117,55 @@ def describe_call(recorder, texts, space, pipeline):
         if name not in (names["latents"], names["time"]):
             with flag_errors("argument", name):
                 template[name] = describe_argument(one.get(name), two[name])
-    scheduler = recorder.pipeline.scheduler
     config = {**json.loads(scheduler.to_json_string()), "_class_name": type(scheduler).__name__}
     known = {"layout": layout, "output": output, "template": template, "scheduler": config}
-    return Call(recorder.class_name, **names, **known, count=len(texts), cut=[], pipeline=pipeline)
+    return Call(recorder.class_name, **names, **known, count=len(texts), cut=[], pipeline=pipeline, mu=mu)
 
 
 def write_rows(target, call, recorder, texts, space, half):
-    """Write the arrays with a row for every prompt, one batch after another, and join these.
+    """Write the arrays with a row for every prompt and one for the empty prompt, batch after batch, and join these.
 
-    Where a batch has as many tokens as its longest prompt, rows are filled up with zeros, and `call.cut` tells.
-    Raises ValueError if there is no mask that says so to the transformer.
+    What a mask leaves out at the end of prompts is filled up with zeros here, and `call.cut` tells that it need not be
+    given. Raises ValueError where prompts differ in length and no mask says so to the transformer.
     """
     paths = [path for path, part in list_parts(call.template) if "rows" in part]
-    starts, lengths, sizes = range(0, len(texts), BATCH), [], {path: set() for path in paths}
-    for start in tqdm(starts, desc="encoding prompts"):
-        batch = texts[start : start + BATCH]
-        given = recorder.record(batch, space.image_size).arguments[0]
-        arrays = {path: to_array(find_value(given, path), half) for path in paths}
-        tokens = max((a.shape[1] for a in arrays.values() if a is not None and a.ndim == 3), default=0)
-        masks = [path for path in paths if is_mask(path)]
-        for path in paths:
-            if arrays[path] is None and path in masks:
-                arrays[path] = np.ones((len(batch), tokens), np.int64)
-            np.save(target / f"{path}-{start}.npy", arrays[path])
-            sizes[path].add(arrays[path].shape[1:])
-        lengths += list(arrays[masks[0]].astype(bool).sum(1) if masks else [tokens] * len(batch))
-    call.cut = [path for path in paths if len(sizes[path]) > 1]
-    if call.cut and not any(is_mask(path) for path in paths):
-        raise ValueError("the pipeline gives prompts of different lengths without a mask; such cannot be batched")
+    masks = [path for path in paths if is_mask(path)]
+    starts, lengths, sizes, is_end = [], [], {path: set() for path in paths}, True
+    for batch in encode_batches(call, recorder, texts, space.image_size, paths, half):
+        starts.append(len(lengths))
+        for path, rows in batch.items():
+            np.save(target / f"{path}-{starts[-1]}.npy", rows)
+            sizes[path].add(rows.shape[1:])
+        mask = batch[masks[0]].astype(bool) if masks else np.ones((len(next(iter(batch.values()), ())), 1), bool)
+        lengths += list(np.maximum(mask.sum(1), 1))
+        is_end &= bool((np.sort(mask, axis=1)[:, ::-1] == mask).all())
+    shapes = {path: tuple(max(each) for each in zip(*sizes[path], strict=True)) for path in paths}
+    is_varied = any(len(each) > 1 for each in sizes.values())
+    if is_varied and not (len(masks) == 1 and is_end):
+        raise ValueError("the pipeline gives prompts of different lengths, and no mask that says so alone")
+    if len(masks) == 1 and is_end:
+        call.cut = [path for path in paths if shapes[path][:1] == shapes[masks[0]][:1]]
     for path in paths:
-        join_rows(target, path, starts, len(texts), tuple(max(each) for each in zip(*sizes[path], strict=True)))
+        join_rows(target, path, starts, len(texts) + 1, shapes[path])
     write_array(target / "lengths.npy", np.array(lengths))
+
+
+def encode_batches(call, recorder, texts, size, paths, half):
+    """Yield {path: rows} for batches of the prompts, and last for the empty prompt, as it is used to guide."""
+    for start in tqdm(range(0, len(texts), BATCH), desc="encoding prompts"):
+        batch = texts[start : start + BATCH]
+        yield to_rows(recorder.record(batch, size).arguments[0], paths, slice(0, len(batch)), half)
+    given, row = find_unguided(recorder.record([""], size, guided=True), call.latents)
+    given = given or recorder.record([""], size).arguments[0]
+    yield to_rows(given, paths, slice(row, row + 1), half)
+
+
+def to_rows(given, paths, rows, half):
+    """{path: array} of these rows of a call's arguments; a mask that is left out is one of ones."""
+    found = {path: to_array(find_value(given, path), half) for path in paths}
+    tokens = max((each.shape[1] for each in found.values() if each is not None and each.ndim == 3), default=0)
+    ones = np.ones((rows.stop, tokens), np.int64)
+    return {path: (ones if each is None and is_mask(path) else each)[rows] for path, each in found.items()}
 
 
 def join_rows(target, path, starts, count, shape):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 from engine.checkpoint import Weights, read_facts, save_weights
 from engine.errors import InputError, check_apart, check_folder, check_writable, flag_errors
 from engine.files import plain
+from engine.model_card import trace_source
+from engine.networks import describe_space
 from engine.profile import Profiler, describe_profile
 from engine.sampling import preview_labels
-from families import depth_name, describe_shapes, family_of, full_name
+from families import depth_name, describe_shapes, family_of, full_name, stack_names
+from pruning.surgery import check_alike
 
 
 def check_target(settings, path, **inputs):
@@ -21,20 +25,37 @@ def check_target(settings, path, **inputs):
     if not family.save:
         check_writable("--save-model", path, **inputs)
         return
-    check_network_folder("--save-model", path, {**inputs, "model": model})
+    check_network_folder("--save-model", path, {**inputs, "model": model, "SOURCES": trace_source(model, {})})
     if export:
         family.check_export(export, model, {**inputs, "save_model": path})
 
 
 def check_network_folder(flag, path, inputs):
-    """Raise InputError unless a network of diffusers can be written to a folder: a new one, or in place of another."""
+    """Raise InputError unless a network of diffusers can be written to a folder: a new one, or in place of another.
+
+    inputs: {setting: path} of what must stay.
+    """
     if not path:
         raise InputError(f"{flag}: missing; name the folder to write")
     check_folder(flag, path)
     check_apart(flag, Path(path) / "config.json", inputs)
-    held = list(Path(path).iterdir()) if Path(path).is_dir() else []
-    if held and not (Path(path) / "config.json").is_file():
-        raise InputError(f"{flag} {path}: is not empty, and no network of diffusers; name a new folder")
+    if os.path.lexists(path) and not is_network_folder(path):
+        raise InputError(f"{flag} {path}: is there, and not a network of diffusers alone; name a new folder")
+
+
+def is_network_folder(path):
+    """Whether a folder is empty, or holds the files of one network and nothing else."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        return False
+    names = os.listdir(path)
+    return all(re.fullmatch(r"config\.json|README\.md|diffusion_pytorch_model.*", name) for name in names)
+
+
+def check_start(init, weights, model):
+    """Raise InputError if kept layers cannot start from what --init says; weights are not fetched for it."""
+    if init == "average" and weights.opened:
+        with flag_errors("--init", init):
+            check_alike(weights.opened.shapes, stack_names(model))
 
 
 def save_pruned(run, path, state, model, space, profiler=None, own=None, **facts):
@@ -49,7 +70,7 @@ def save_pruned(run, path, state, model, space, profiler=None, own=None, **facts
     name = os.path.abspath(path) if family.save else depth_name(model, depths)
     if isinstance(facts.get("source"), str):
         facts["source"] = full_name(facts["source"])
-    facts |= {"model": name, "num_classes": space.num_classes, "vae": space.vae}
+    facts |= {"model": name, **describe_space(model, space)}
     if profiler:
         facts["profile"] = find_profile(path, facts, profiler) or profiler.compare(state)
     if family.save:

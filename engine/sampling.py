@@ -135,6 +135,8 @@ class PictureSampler:
                 latents = self.sampler(self.net, labels, draws.start_noise(), draws.step_noise, progress)
         except AssertionError as error:  # of torchdiffeq, when no step is short enough
             raise RunError(f"the solver gives up ({error}); see the weights (--ckpt), --atol and --rtol") from None
+        except ValueError as error:  # of a pipeline, with its reason
+            raise RunError(str(error)) from None
         pictures = self.codec.decode(latents)
         if not pictures.isfinite().all():
             raise RunError(

@@ -19,10 +19,11 @@ SHAPE_ARGUMENTS = ("input_size", "num_classes", "in_channels", "learn_sigma")  #
 
 
 def family_of(name):
-    """The family that a model name belongs to: diffusers of a folder; else by its first word, DiT otherwise."""
-    if is_place(name):
-        return DIFFUSERS
-    return FAMILIES.get(name.partition("-")[0], DIT)
+    """The family that a model name belongs to: by its first word; of another that is a folder diffusers, else DiT."""
+    first = name.partition("-")[0]
+    if first in FAMILIES and not os.path.isabs(name):
+        return FAMILIES[first]
+    return DIFFUSERS if is_place(name) else DIT
 
 
 def model_name(text):
@@ -65,12 +66,12 @@ def depth_name(name, depths):
 
 def full_name(name):
     """A name that holds wherever one is: of a model that is a folder, its whole path."""
-    return os.path.abspath(name) if os.path.isdir(name) and is_place(name) else name
+    return os.path.abspath(name) if os.path.isdir(name) and family_of(name).find_model else name
 
 
 def short_name(name):
     """A name as part of the names of files: DiT-XL/2 is DiT-XL-2, a folder is its last part."""
-    return os.path.basename(name.rstrip("/")) if is_place(name) else name.replace("/", "-")
+    return os.path.basename(name.rstrip("/")) if family_of(name).find_model else name.replace("/", "-")
 
 
 def create_model(name, **overrides):

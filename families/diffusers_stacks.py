@@ -1,6 +1,6 @@
 """What a class of diffusers' transformers says of its stacks of blocks, and its config for fewer of them.
 
-No class is named here: depths are found by making the network with one layer less, without memory.
+No class is named here: depths are found by making the network with one layer more, without memory.
 """
 
 import copy
@@ -41,8 +41,11 @@ def find_stacks(class_name, config):
 
 @lru_cache(maxsize=32)
 def _find_stacks(class_name, text):
-    config = json.loads(text)
-    net = sketch(class_name, config)
+    config, _ = json.loads(text), find_class(class_name)
+    try:
+        net = sketch(class_name, config)
+    except Exception as error:  # it may be any: of the class
+        raise ValueError(f"config.json does not make a {class_name} ({' '.join(str(error).split())[:200]})") from None
     depths, found, shared = list_depths(net), {}, {}
     for field in (name for name, value in config.items() if DEPTH_FIELD.search(name) and is_depth(value)):
         changed = find_changed(class_name, config, field, depths)
@@ -66,23 +69,31 @@ def _find_stacks(class_name, text):
 
 
 def is_depth(value):
-    """Whether a value of a config can be a number of blocks of which some can go."""
-    return type(value) is int and 2 <= value <= 1000
+    """Whether a value of a config can be a number of blocks."""
+    return type(value) is int and 1 <= value <= 1000
 
 
 def list_depths(net):
     """{name: number of blocks} of the ModuleLists of a network that can be stacks."""
     lists = {name: module for name, module in net.named_children() if isinstance(module, nn.ModuleList)}
-    return {name: len(blocks) for name, blocks in lists.items() if len(blocks) > 1}
+    return {name: len(blocks) for name, blocks in lists.items() if len(blocks)}
 
 
 def find_changed(class_name, config, field, depths):
-    """Names of the ModuleLists that lose a block when the config's number `field` is one less."""
-    try:
-        other = list_depths(sketch(class_name, {**config, field: config[field] - 1}))
-    except Exception:  # it may be any: of the class, for a number that has to fit to others
-        return []
-    return [name for name, depth in depths.items() if other.get(name, 1) == depth - 1]
+    """Names of the ModuleLists that a number of the config says the depth of: they follow it down, or up.
+
+    A number that is 1 can go up alone. None, if the class does not take a smaller number.
+    """
+    changed = set()
+    for step in (-1, 1) if config[field] > 1 else (1,):
+        try:
+            other = list_depths(sketch(class_name, {**config, field: config[field] + step}))
+        except Exception:  # it may be any: of the class, for a number that has to fit to others
+            if step < 0:
+                return []
+            continue
+        changed |= {name for name, depth in depths.items() if other.get(name, 0) == depth + step}
+    return [name for name in depths if name in changed]
 
 
 def check_stack(class_name, config, whole, stack):
@@ -94,6 +105,7 @@ def check_stack(class_name, config, whole, stack):
     for keeps_last in (False, True):
         choices = [layers[1:], [*layers[: last // 2], *layers[last // 2 + 1 :]], layers[last % 2 :: 2]]
         choices += [] if keeps_last else [layers[:-1]]
+        choices = [kept for kept in choices if kept]  # of a single block nothing can go
         wrong = next(filter(None, (find_misfit(class_name, config, whole, stack, kept) for kept in choices)), None)
         if not wrong:
             return replace(stack, keeps_last=keeps_last)

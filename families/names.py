@@ -18,7 +18,8 @@ def read_name(family, name):
     depths = [int(part) for part in match[2].split("+")] if match else []
     if base not in family.models or len(depths) > len(family.stacks(family.models[base])):
         raise ValueError(
-            f"{name!r} is not a model name: expected one of {', '.join(family.models)}, or a depth as in DiT-D16/2"
+            f"{name!r} is not a model name: expected one of {', '.join(family.models)}, a depth as in DiT-D16/2, or a "
+            "folder of diffusers"
         )
     return {**family.models[base], **family.with_stacks(depths)}
 

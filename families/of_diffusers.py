@@ -125,11 +125,24 @@ def read_prompts(prompts, data_path=None):
     from engine.files import load_json
 
     if prompts and os.path.isfile(prompts):
-        return [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_lines(prompts)
+    if prompts and prompts.endswith(".txt"):
+        raise ValueError(f"--prompts {prompts}: no such file; expected one, or a prompt")
     if prompts:
         return [prompts]
     metadata = Path(data_path or "") / "metadata.json"
     return load_json(metadata).get("classes", []) if data_path and metadata.is_file() else []
+
+
+def read_lines(path):
+    """Lines of a file of prompts that are not blank. Raises ValueError for a file without any, or that is no text."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts {path}: is not text in UTF-8") from None
+    if not lines:
+        raise ValueError(f"--prompts {path}: holds no prompt; expected one in a line")
+    return lines
 
 
 def tell_settings(name, typed):
@@ -139,7 +152,7 @@ def tell_settings(name, typed):
     weights, the folder is weaker. A transformer alone works without an autoencoder.
     """
     pipeline = typed.get("pipeline") or find_pipeline(name)
-    folder = Path(locate(pipeline)) if pipeline else None
+    folder = Path(os.path.abspath(locate(pipeline))) if pipeline else None
     has_vae = folder and (folder / "vae" / "config.json").is_file()
     vae = {"vae": str(folder / "vae") if has_vae else "none"}
     told = {"num_classes": len(read_prompts(typed["prompts"]))} if typed.get("prompts") else {}
@@ -279,7 +292,7 @@ DIFFUSERS = Family(
             own("guidance", "what networks with an embedding of the guidance are told", 3.5, type=amount),
         ),
         "sample": (
-            own("prompts", "a prompt, or a file with one in a line", None, shown="the captions of --data-path"),
+            own("prompts", "a prompt, or a file with one in a line", None, shown="in training, the captions"),
             path_flag(
                 "pipeline",
                 "pipeline of the network",
@@ -298,5 +311,5 @@ DIFFUSERS = Family(
             ),
         ),
     },
-    defaults={"all": {"num_sampling_steps": 20}},
+    defaults={"all": {"num_sampling_steps": 20, "cfg_scale": 3.5}},
 )

@@ -17,7 +17,9 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype, "bias": False}
+        # Matrices may be held in half precision; what is trained may not.
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        like = {"device": linear.weight.device, "dtype": dtype, "bias": False}
         self.lora_a = nn.Linear(linear.in_features, rank, **like)
         self.lora_b = nn.Linear(rank, linear.out_features, **like)
         self.scale = alpha / rank

@@ -209,6 +209,8 @@ def least_important(importance, groups, keeps_last=False, fixed=()):
         order = sorted(layers, key=lambda layer: (float(importance[layer]), layer))
         staying = {*fixed, len(importance) - 1} if keeps_last else {*fixed}
         order = [layer for layer in order if layer not in staying]
+        if len(order) < m - n:
+            raise ValueError(f"group {n}:{m} from layer {start}: more layers have to stay than it keeps")
         removed += order[: m - n]
         start += m
     return sorted(removed)

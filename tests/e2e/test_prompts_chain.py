@@ -612,7 +612,7 @@ def test_refused_folders(make_chain, tmp_path, run_script):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("mine")
     words = ["--ckpt", chain.pipeline, "--scheme", "bk-sdm", "--save-model"]
-    with pytest.raises(InputError, match=r"--save-model .*mine: is not empty, and no network of diffusers"):
+    with pytest.raises(InputError, match=r"--save-model .*mine: is there, and not a network of diffusers alone"):
         run_script("prune_by_index", *words, tmp_path / "mine")
     before = {path: path.read_bytes() for path in chain.pipeline.rglob("*") if path.is_file()}
     for target in (chain.pipeline, chain.pipeline / "transformer"):

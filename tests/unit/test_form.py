@@ -44,7 +44,7 @@ ALLOWED = {  # part -> modules it may import besides the standard library
     },
     "reporting": {"reporting", "engine.files", "engine.errors"},
     "engine": (OURS | THIRD) - {"pruning", "models", "models_mar", "models_diffusers", "evaluation", "reporting"}
-    | {"pruning.gates", "pruning.patterns", "pruning.lora"},
+    | {"pruning.gates", "pruning.patterns", "pruning.lora", "pruning.surgery"},
 }
 
 

@@ -13,7 +13,15 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 import engine.prompts
-from diffusion.pipeline_call import Recording, describe_argument, find_layout, find_names, find_output
+from diffusion.pipeline_call import (
+    Recording,
+    check_noise,
+    describe_argument,
+    find_layout,
+    find_names,
+    find_output,
+    find_unguided,
+)
 from diffusion.prompts import Call, PromptDraw, PromptObjective, find_shift, from_layout, list_parts, to_layout
 from engine.errors import InputError
 from engine.prompts import encode_prompts, list_captioned, to_array
@@ -234,7 +242,7 @@ def test_calls(encoded):
     kinds = {path: next(iter(part)) for path, part in list_parts(call.template)}
     assert {path for path, kind in kinds.items() if kind == "rows"} == rows
     assert {path for path, kind in kinds.items() if kind == "constant"} == constants
-    assert call.cut == (["encoder_hidden_states", "encoder_hidden_states_mask"] if encoded.name == "qwen" else [])
+    assert set(call.cut) == (rows if any("mask" in path for path in rows) else set())
     assert call.scheduler["_class_name"] == type(tiny_pipelines.open_pipeline(encoded.pipeline).scheduler).__name__
 
 
@@ -253,7 +261,7 @@ def expect_same(found, expected, path):
 
 def test_training_calls_the_transformer_as_the_pipeline_does(encoded):
     """With the same latents, time and prompts all arguments are the same, at both recorded steps."""
-    texts, rows = [TEXTS[6], TEXTS[13], ""], np.array([6, 13, len(TEXTS)])
+    texts, rows = [TEXTS[6], TEXTS[13], TEXTS[0]], np.array([6, 13, 0])
     recorder = make_recorder(encoded.pipeline, "cpu", torch.float32)
     seen = recorder.record(texts, encoded.size)
     objective = PromptObjective(encoded.call, guidance=1.0)
@@ -264,9 +272,29 @@ def test_training_calls_the_transformer_as_the_pipeline_does(encoded):
         for name, value in arguments.items():
             if name == "img_shapes":  # JSON has lists
                 value = json.loads(json.dumps(value))
-            expect_same(found.pop(name), value, name)
+            given = found.pop(name)
+            if name in encoded.call.cut:  # what is left out is masked
+                assert not arguments[next(key for key in arguments if "mask" in key)][:, given.shape[1] :].any()
+                value = value[:, : given.shape[1]]
+            expect_same(given, value, name)
         assert not found
     assert seen.steps[0][1] > seen.steps[1][1]
+
+
+def test_empty_prompt_is_that_of_guidance(encoded):
+    """The last row is what the pipeline gives for an empty negative prompt; Sana's has no instruction before it."""
+    recorder = make_recorder(encoded.pipeline, "cpu", torch.float32)
+    seen = recorder.record([TEXTS[2]], encoded.size, guided=True)
+    given, row = find_unguided(seen, encoded.call.latents)
+    found = encoded.call.inputs(np.array([len(TEXTS)]), "cpu")
+    other = encoded.call.inputs(np.array([2]), "cpu")
+    tokens = found["encoder_hidden_states"]
+    assert torch.equal(tokens[0], given["encoder_hidden_states"][row, : tokens.shape[1]].float())
+    assert tokens.shape != other["encoder_hidden_states"].shape or not torch.equal(
+        tokens, other["encoder_hidden_states"]
+    )
+    if torch.is_tensor(found.get("guidance")):
+        assert found["guidance"].tolist() == [1.0]
 
 
 def test_objective_tells_the_guidance(make_encoded):
@@ -341,15 +369,43 @@ def test_shift_of_solvers(kind, ends):
     assert torch.allclose(scheduler.sigmas[:-1], shifted(u, find_shift(dict(scheduler.config), 77)), atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [FLUX, QWEN], ids=["flux", "qwen"])
-@pytest.mark.parametrize("tokens", [16, 256, 1024, 4096])
-def test_dynamic_shift(config, tokens):
-    """As the pipeline computes it from the number of tokens, and the scheduler applies it."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
-    sizes = [config[name] for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")]
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("mu", [0.4375, 0.5, 1.15])
+def test_dynamic_shift(kind, mu):
+    """As the scheduler applies what a pipeline gives it for the size of its pictures."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{**FLUX, "time_shift_type": kind})
     u = torch.linspace(0.01, 1, 50)
-    expected = scheduler.time_shift(calculate_shift(tokens, *sizes), 1.0, u)
-    assert torch.allclose(shifted(u, find_shift(dict(scheduler.config), tokens)), expected, atol=1e-6)
+    expected = scheduler.time_shift(mu, 1.0, u)
+    assert torch.allclose(shifted(u, find_shift(dict(scheduler.config), mu)), expected, atol=1e-6)
+
+
+def test_dynamic_shift_that_nobody_tells():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**FLUX)
+    with pytest.raises(ValueError, match="the pipeline does not say how; give --shift"):
+        find_shift(dict(scheduler.config), None)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_shift_is_the_pipelines(make_encoded, name):
+    """What the pipeline gives its scheduler for pictures of this size is recorded, and no size is counted here."""
+    encoded, config = make_encoded(name), FLUX if name == "flux" else QWEN
+    tokens = (encoded.size // 4) ** 2  # an autoencoder of factor 2, and packing
+    sizes = [config[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")]
+    assert encoded.call.mu == pytest.approx(calculate_shift(tokens, *sizes))
+
+
+def test_noise_that_is_not_the_time_is_refused():
+    """As of CogView4, whose network is given a time that the scheduler has not shifted."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(2)
+    output = latents = torch.zeros(1)
+    times = list(scheduler.timesteps)
+    check_noise(Recording(steps=[(output, time, latents) for time in times]), scheduler)
+    with pytest.raises(ValueError, match="the scheduler has a noise of"):
+        check_noise(Recording(steps=[(output, times[0], latents), (output, times[1] + 300, latents)]), scheduler)
+    backwards = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(ValueError, match="from data to noise"):
+        check_noise(Recording(), backwards)
 
 
 class Predictor(torch.nn.Module):
@@ -553,8 +609,8 @@ def test_captions_of_another_encoding(tmp_path, name):
 # What is stored
 
 
-def encode_with(pipeline, name, texts):
-    """{argument: embeddings} as the pipeline's own encode_prompt makes them."""
+def encode_with(pipeline, name, texts, instruction="usual"):
+    """{argument: embeddings} as the pipeline's own encode_prompt makes them; instruction: of Sana."""
     if name == "pixart":
         embeds, mask, *_ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
@@ -565,8 +621,9 @@ def encode_with(pipeline, name, texts):
         embeds, pooled, ids = pipeline.encode_prompt(texts, None)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
     if name == "sana":
-        instruction = type(pipeline).__call__.__wrapped__.__defaults__
-        instruction = next(value for value in instruction if isinstance(value, list) and len(value) > 3)
+        usual = type(pipeline).__call__.__wrapped__.__defaults__
+        usual = next(value for value in usual if isinstance(value, list) and len(value) > 3)
+        instruction = usual if instruction == "usual" else instruction
         embeds, mask, *_ = pipeline.encode_prompt(texts, False, complex_human_instruction=instruction)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
     if name == "qwen":
@@ -581,7 +638,8 @@ def test_embeddings_are_the_pipelines(encoded):
     """Every prompt's row, also of the second batch, and the empty prompt's as the last."""
     pipeline = tiny_pipelines.open_pipeline(encoded.pipeline)
     for row, text in ((0, TEXTS[0]), (5, TEXTS[5]), (17, TEXTS[17]), (18, "")):
-        for path, expected in encode_with(pipeline, encoded.name, [text]).items():
+        plain = {"instruction": None} if not text else {}  # Sana guides by the empty prompt alone
+        for path, expected in encode_with(pipeline, encoded.name, [text], **plain).items():
             stored = np.load(encoded.data / "prompts" / f"{path}.npy")
             stored = stored if path == "txt_ids" else stored[row : row + 1]
             if expected is None:  # of Qwen's single prompt, all of whose tokens count
@@ -648,7 +706,7 @@ def test_lengths_without_a_mask_are_refused(make_encoded, tmp_path, monkeypatch)
         return call
 
     monkeypatch.setattr(engine.prompts, "describe_call", without_mask)
-    with pytest.raises(InputError, match="prompts of different lengths without a mask"):
+    with pytest.raises(InputError, match="prompts of different lengths, and no mask"):
         encode_prompts(tmp_path, encoded.pipeline, TEXTS, encoded.space, Run("cpu"))
     assert not (tmp_path / "prompts" / "call.json").exists()
 
