@@ -45,6 +45,20 @@ def fetch(name):
         raise ValueError(f"cannot be fetched from the Hub ({one_line(error):.300})") from None
 
 
+def fetch_pipeline(name):
+    """Where a whole pipeline of the Hub is on this machine, text encoders and all; fetched as diffusers does it.
+
+    Raises ValueError if it cannot be.
+    """
+    from diffusers import DiffusionPipeline
+
+    repository, revision, _ = parse_name(name)
+    try:
+        return DiffusionPipeline.download(repository, revision=revision)
+    except Exception as error:  # it may be any: of the network, of the Hub, of its names
+        raise ValueError(f"cannot be fetched from the Hub as a pipeline ({one_line(error):.300})") from None
+
+
 @contextmanager
 def if_there():
     """Pass over a file that is not there, or not in the cache of a machine that is meant to be offline.

@@ -38,15 +38,21 @@ def locate(name):
     return fetch(name) if name.startswith(HUB) else name
 
 
+@lru_cache
+def locate_pipeline(name):
+    """The same of a whole pipeline, with its text encoders, which are needed for prompts alone."""
+    from engine.hub import fetch_pipeline
+
+    return fetch_pipeline(name) if name.startswith(HUB) else name
+
+
 def find_model(name):
     """Constructor arguments of the network in a folder. Raises ValueError for none, and for one of DiT's own family."""
-    folder = find_folder(locate(name))
-    if folder is None:
-        raise ValueError(
-            f"{name!r} has no config.json in it or in its folder transformer; expected a folder of diffusers"
-        )
     from engine.files import load_json
 
+    folder = find_folder(locate(name))
+    if folder is None:
+        raise ValueError(f"{name!r} has no config.json in it or in its folder transformer; expected such a folder")
     config = load_json(folder / "config.json")
     class_name = config.get("_class_name")
     if class_name in DIT.exchange.classes:
@@ -168,7 +174,7 @@ def make_recorder(name, device, dtype):
         raise ValueError(
             "is a transformer alone; give the pipeline that it is for, whose encoders and autoencoder it has"
         )
-    return PipelineRecorder(locate(place), **find_model(name), device=device, dtype=dtype)
+    return PipelineRecorder(locate_pipeline(place), **find_model(name), device=device, dtype=dtype)
 
 
 def make_objective(*, model, data_path, prompt_dropout, time_sampling, shift, guidance):
@@ -193,7 +199,7 @@ def make_sampler(num_sampling_steps, cfg_scale, *, model, pipeline, prompts, dat
     if not texts:
         raise ValueError("--prompts: missing; give a prompt, or a file with one in a line")
     config = find_model(model)
-    return PipelineSampler(locate(place), texts, num_sampling_steps, cfg_scale, takes_tokens(config))
+    return PipelineSampler(locate_pipeline(place), texts, num_sampling_steps, cfg_scale, takes_tokens(config))
 
 
 def save(path, state, model, facts, export_pipeline=None):
@@ -207,7 +213,7 @@ def save(path, state, model, facts, export_pipeline=None):
     network_module().save_network(path, config["class_name"], config["config"], state, facts["kept"])
     write_json(f"{Path(path)}.json", facts)
     if export_pipeline:
-        copy_pipeline(locate(find_pipeline(model)), export_pipeline, path)
+        copy_pipeline(locate_pipeline(find_pipeline(model)), export_pipeline, path)
 
 
 def export(output, state, model, facts, with_pipeline):
@@ -223,7 +229,7 @@ def export(output, state, model, facts, with_pipeline):
     folder, class_name = Path(output) / "transformer" if with_pipeline else Path(output), config["class_name"]
     depth = sum(stack.depth for stack in find_stacks(config))
     if with_pipeline:
-        copy_pipeline(locate(pipeline), output)
+        copy_pipeline(locate_pipeline(pipeline), output)
         class_name = load_json(Path(output) / "model_index.json")["_class_name"]
     network_module().save_network(folder, config["class_name"], config["config"], state, range(depth))
     write_json(f"{folder}.json", facts)

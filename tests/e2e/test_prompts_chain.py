@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -669,3 +672,21 @@ def test_folder_with_a_slash_at_its_end(make_chain, tmp_path, run_script):
     words = ["--ckpt", f"{tmp_path}/cut/", "--prompts", "a cat", "--num-sampling-steps", 2, "--image-size", chain.size]
     run_script("sample", *words, "--output", tmp_path / "grid.png")
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_pipeline_of_the_hub(make_chain, tmp_path, root):
+    """As it lies in the library's cache, without a network: prompts are encoded by the whole pipeline in it."""
+    chain, cache_of = make_chain("pixart"), tmp_path / "home" / "hub" / "models--me--tiny"
+    shutil.copytree(chain.pipeline, cache_of / "snapshots" / "abc123")
+    (cache_of / "refs").mkdir()
+    (cache_of / "refs" / "main").write_text("abc123")
+    words = ["--model", "hf://me/tiny", "--data-path", chain.pictures, "--features-path", tmp_path / "latents"]
+    words += ["--image-size", chain.size, "--num-workers", 0]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, root / "extract_features.py", *map(str, words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made, expected = (folder / "prompts" for folder in (tmp_path / "latents", chain.latents))
+    assert json.loads((made / "call.json").read_text())["pipeline"] == "hf://me/tiny"
+    for path in expected.glob("*.npy"):
+        assert np.array_equal(np.load(made / path.name), np.load(path)), path.name

@@ -813,3 +813,20 @@ def test_page_shows_what_is_measured(root):
     if version != diffusers.__version__:
         pytest.skip(f"the page is about diffusers {version}, and {diffusers.__version__} is installed")
     assert shown == tell_classes(), "WRITE_DOCS=1 python -m pytest tests/unit/test_models_diffusers.py rewrites it"
+
+
+def test_compiled_blocks_are_compared_as_they_are():
+    """Compiled ones round otherwise; they are taken again afterwards."""
+    net, calls = make_network(FIRST[0], CLASSES[FIRST[0]].config), []
+    net.load_state_dict(build(FIRST[0]).state_dict())
+
+    def rounded(block, *inputs, **options):
+        calls.append(block)
+        return type(block).forward(block, *inputs, **options) * (1 + 1e-6)
+
+    for block in net.blocks_to_compile():
+        block.forward.compiled = rounded
+    net.prepare(CLASSES[FIRST[0]].inputs)
+    assert not calls
+    first_output(net.eval(), CLASSES[FIRST[0]].inputs(2))
+    assert calls == net.blocks_to_compile()
