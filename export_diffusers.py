@@ -73,7 +73,8 @@ def export_own(settings):
     weights, run, output = settings.weights["ckpt"], Run("cpu"), settings.output
     part = output if settings.transformer_only else str(Path(output) / "transformer")
     sources = trace_source(weights.name, weights.facts)
-    check_network_folder("--output", part, {"ckpt": weights.name, "model": settings.model, "SOURCES": sources})
+    given = {"ckpt": weights.name, "model": settings.model, "SOURCES": sources, "metrics": settings.metrics}
+    check_network_folder("--output", part, given)
     is_export = os.path.isfile(f"{part}.json")  # the facts of an earlier one
     if not settings.transformer_only and os.path.isdir(output) and os.listdir(output) and not is_export:
         raise InputError(f"--output {output}: is not empty, and no earlier export; name a new folder")

@@ -26,6 +26,10 @@ USUAL = {  # arguments of pipelines, where they have them: no guidance, no other
 }
 
 
+class PipelineError(ValueError):
+    """A pipeline does not do what it is asked for, with the reason that it gives."""
+
+
 class StopCalling(Exception):
     """All has been seen."""
 
@@ -85,7 +89,7 @@ class PipelineRecorder:
         if guided:
             is_true = "true_cfg_scale" in usual  # beside a guidance that the transformer is told
             usual["true_cfg_scale" if is_true else "guidance_scale"] = 2.0
-            usual |= {"negative_prompt": [""] * len(texts)} if is_true else {}
+            usual |= {"negative_prompt": [""] * len(texts)} if "negative_prompt" in self.options else {}
         with plain_errors(f"{type(self.pipeline).__name__} fails"), torch.no_grad():
             try:
                 asked = {"prompt": list(texts), "height": size, "width": size, "num_inference_steps": 2}
@@ -108,13 +112,13 @@ def open_pipeline(folder, transformer, dtype=torch.float32):
 
 @contextmanager
 def plain_errors(what):
-    """Turn what libraries raise into a ValueError."""
+    """Turn what libraries raise into a PipelineError."""
     try:
         yield
     except StopCalling:
         raise
     except Exception as error:  # it may be any: of a pipeline, a tokenizer, a text encoder
-        raise ValueError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+        raise PipelineError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
 
 
 def make_stand_in(network, config, seen, device, dtype):

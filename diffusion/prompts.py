@@ -94,6 +94,7 @@ class Call:
             "latents": isinstance(self.latents, str),
             "time": isinstance(self.time, str),
             "cut": isinstance(self.cut, list),
+            "mu": self.mu is None or type(self.mu) in (int, float),
         }
         if wrong := [name for name, is_right in fits.items() if not is_right]:
             raise ValueError(f"{wrong[0]} is {getattr(self, wrong[0])!r:.100}")
@@ -107,6 +108,8 @@ class Call:
                 if "rows" in part and len(self.arrays[path]) != self.count + 1:
                     raise ValueError(f"{path}.npy has {len(self.arrays[path])} rows, expected {self.count + 1}")
         self.lengths = np.load(self.folder / "lengths.npy") if self.cut else None
+        if self.cut and len(self.lengths) != self.count + 1:
+            raise ValueError(f"lengths.npy has {len(self.lengths)} numbers, expected {self.count + 1}")
         return self
 
     def inputs(self, rows, device):

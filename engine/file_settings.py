@@ -142,7 +142,7 @@ def read_told(weights):
     """The facts beside a file that are settings, where they say something. Raises InputError for impossible ones."""
     if weights.release:
         return weights.facts
-    names = ("model", "num_classes", "vae", "kept", "pattern")
+    names = ("model", "num_classes", "image_size", "vae", "kept", "pattern")
     told = {name: weights.facts[name] for name in names if weights.facts.get(name) is not None}
     with flag_errors(weights.flag, f"{weights.name}.json"):
         check_values(told)

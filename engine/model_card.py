@@ -1,6 +1,7 @@
 """A model card: README.md in the form of the Hugging Face Hub, from the facts that are recorded with weights."""
 
 import json
+import os
 from pathlib import Path
 
 from engine.checkpoint import read_facts
@@ -57,7 +58,9 @@ def write_card(path, model, sources, facts, opening, data=None, metrics=None):
         head["base_model"] = release.base_model
     if data:
         head["datasets"] = [data]
-    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", "", f"# {model}", ""]
+    title = Path(model).name if os.path.isabs(model) else model  # a folder's place is nobody's business
+    facts = {**facts, "vae": Path(facts["vae"]).name} if os.path.isabs(str(facts.get("vae"))) else facts
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", "", f"# {title}", ""]
     lines += describe_origin(sources, facts, release)
     lines += ["", "```python", *opening, "```", "", "## Data and metrics", ""]
     lines += [f"Trained on {data}." if data else "The data it was trained on are not recorded here.", ""]

@@ -63,9 +63,11 @@ class NetworkStart:
 
 
 def describe_space(model, space):
-    """Facts about the engine.vae.LatentSpace of a model; the number of prompts is none of a network with captions."""
-    classes = {} if family_of(model).has_captions else {"num_classes": space.num_classes}
-    return {**classes, "vae": space.vae}
+    """Facts about the engine.vae.LatentSpace of a model: of a network with captions, whose shapes do not tell the size
+    of its pictures, that in place of the number of classes."""
+    if family_of(model).has_captions:
+        return {"image_size": space.image_size, "vae": space.vae}
+    return {"num_classes": space.num_classes, "vae": space.vae}
 
 
 def build_teacher(start, run, settings):

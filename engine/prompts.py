@@ -115,8 +115,10 @@ def describe_call(recorder, texts, space, pipeline):
     template = {}
     for name in two:
         if name not in (names["latents"], names["time"]):
-            with flag_errors("argument", name):
+            try:
                 template[name] = describe_argument(one.get(name), two[name])
+            except ValueError as error:
+                raise ValueError(f"the argument {name} of its transformer {error}") from None
     config = {**json.loads(scheduler.to_json_string()), "_class_name": type(scheduler).__name__}
     known = {"layout": layout, "output": output, "template": template, "scheduler": config}
     return Call(recorder.class_name, **names, **known, count=len(texts), cut=[], pipeline=pipeline, mu=mu)
@@ -140,11 +142,11 @@ def write_rows(target, call, recorder, texts, space, half):
         lengths += list(np.maximum(mask.sum(1), 1))
         is_end &= bool((np.sort(mask, axis=1)[:, ::-1] == mask).all())
     shapes = {path: tuple(max(each) for each in zip(*sizes[path], strict=True)) for path in paths}
-    is_varied = any(len(each) > 1 for each in sizes.values())
-    if is_varied and not (len(masks) == 1 and is_end):
-        raise ValueError("the pipeline gives prompts of different lengths, and no mask that says so alone")
     if len(masks) == 1 and is_end:
-        call.cut = [path for path in paths if shapes[path][:1] == shapes[masks[0]][:1]]
+        of_tokens = [path for path in paths if len(shapes[path]) > 1 and shapes[path][0] == shapes[masks[0]][0]]
+        call.cut = [*masks, *of_tokens]
+    if any(len(each) > 1 and path not in call.cut for path, each in sizes.items()):
+        raise ValueError("the pipeline gives prompts of different lengths, and no mask that says so alone")
     for path in paths:
         join_rows(target, path, starts, len(texts) + 1, shapes[path])
     write_array(target / "lengths.npy", np.array(lengths))

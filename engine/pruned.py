@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from engine.checkpoint import Weights, read_facts, save_weights
+from engine.checkpoint import Weights, facts_path, read_facts, save_weights
 from engine.errors import InputError, check_apart, check_folder, check_writable, flag_errors
 from engine.files import plain
 from engine.model_card import trace_source
@@ -38,17 +38,25 @@ def check_network_folder(flag, path, inputs):
     if not path:
         raise InputError(f"{flag}: missing; name the folder to write")
     check_folder(flag, path)
-    check_apart(flag, Path(path) / "config.json", inputs)
-    if os.path.lexists(path) and not is_network_folder(path):
-        raise InputError(f"{flag} {path}: is there, and not a network of diffusers alone; name a new folder")
+    for part in (Path(path) / "config.json", facts_path(path)):
+        check_apart(flag, part, inputs)
+    is_there = [os.path.lexists(part) for part in (path, facts_path(path))]
+    is_empty = os.path.isdir(path) and not os.listdir(path) and not is_there[1]
+    if any(is_there) and not is_empty and not is_own_network(path):
+        raise InputError(
+            f"{flag} {path}: that, or {facts_path(path)}, is there, and not written here; name a new folder"
+        )
 
 
-def is_network_folder(path):
-    """Whether a folder is empty, or holds the files of one network and nothing else."""
+def is_own_network(path):
+    """Whether a folder holds the files of one network and nothing else, and our facts lie beside it."""
     if not os.path.isdir(path) or os.path.islink(path):
         return False
-    names = os.listdir(path)
-    return all(re.fullmatch(r"config\.json|README\.md|diffusion_pytorch_model.*", name) for name in names)
+    with suppress(InputError):
+        names = os.listdir(path)
+        is_network = all(re.fullmatch(r"config\.json|README\.md|diffusion_pytorch_model.*", name) for name in names)
+        return is_network and "model" in read_facts(path)
+    return False
 
 
 def check_start(init, weights, model):
@@ -68,8 +76,9 @@ def save_pruned(run, path, state, model, space, profiler=None, own=None, **facts
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     depths, family = describe_shapes(shapes, model)["depths"], family_of(model)
     name = os.path.abspath(path) if family.save else depth_name(model, depths)
-    if isinstance(facts.get("source"), str):
+    if family.save and isinstance(facts.get("source"), str):
         facts["source"] = full_name(facts["source"])
+        facts["pipeline"] = full_name(family.find_pipeline(model) or "") or None
     facts |= {"model": name, **describe_space(model, space)}
     if profiler:
         facts["profile"] = find_profile(path, facts, profiler) or profiler.compare(state)
@@ -107,5 +116,6 @@ def save_preview(run, plan, path, model, seed):
     """Sample a grid from the pruned weights at `path`, as the SamplingPlan of the whole network says."""
     pruned = replace(plan, model=model, weights=Weights(path, "--save-model"))
     labels = preview_labels(plan.space.num_classes)
-    pruned.load(run).save_grid(f"{path}.png", labels, seed)
-    run.print(f"wrote {path}.png")
+    picture = f"{Path(path)}.png"
+    pruned.load(run).save_grid(picture, labels, seed)
+    run.print(f"wrote {picture}")

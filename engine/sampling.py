@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from diffusion.pipeline_call import PipelineError
 from engine.checkpoint import Weights
 from engine.errors import InputError, RunError, flag_errors
 from engine.images import save_grid
@@ -135,7 +136,7 @@ class PictureSampler:
                 latents = self.sampler(self.net, labels, draws.start_noise(), draws.step_noise, progress)
         except AssertionError as error:  # of torchdiffeq, when no step is short enough
             raise RunError(f"the solver gives up ({error}); see the weights (--ckpt), --atol and --rtol") from None
-        except ValueError as error:  # of a pipeline, with its reason
+        except PipelineError as error:
             raise RunError(str(error)) from None
         pictures = self.codec.decode(latents)
         if not pictures.isfinite().all():

@@ -256,7 +256,7 @@ def load_autoencoder(name, latents):
 
 def check_complete(vae, found):
     """Raise ValueError unless an autoencoder has all its weights, and they are numbers; found: see diffusers."""
-    unpaired = [*found["missing_keys"], *found["unexpected_keys"]]
+    unpaired = sorted([*found["missing_keys"], *found["unexpected_keys"]])
     if unpaired:
         raise ValueError(f"{unpaired[0]} is in one of config.json and the weights only")
     for key, value in vae.state_dict().items():

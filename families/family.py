@@ -93,6 +93,7 @@ class Family:
     save: Callable | None = None  # see families.of_diffusers.save, and export there
     export: Callable | None = None
     check_export: Callable | None = None
+    find_pipeline: Callable | None = None
     sample_hint: dict = field(default_factory=dict)  # flags that sampling needs besides weights, with words for values
     pruned_file: str = "pruned.pt"  # usual name of pruned weights in a run folder
 

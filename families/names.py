@@ -19,7 +19,7 @@ def read_name(family, name):
     if base not in family.models or len(depths) > len(family.stacks(family.models[base])):
         raise ValueError(
             f"{name!r} is not a model name: expected one of {', '.join(family.models)}, a depth as in DiT-D16/2, or a "
-            "folder of diffusers"
+            f"folder of diffusers (./{name} if it is one)"
         )
     return {**family.models[base], **family.with_stacks(depths)}
 

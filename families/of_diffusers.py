@@ -114,16 +114,25 @@ def find_own_weights(name):
 
 def find_pipeline(name):
     """The folder of a pipeline that a model belongs to: its own, or that of the model it was cut out of; else None."""
-    from engine.files import load_json
-
     seen = set()
     while name and name not in seen:
         seen.add(name)
         if name.startswith(HUB) or (Path(name) / "model_index.json").is_file():
             return name
-        facts = Path(f"{Path(name)}.json")
-        name = load_json(facts).get("source") if facts.is_file() else None
+        name = read_source(Path(f"{Path(name)}.json"))
     return None
+
+
+def read_source(path):
+    """What the facts in a file say that weights were made from; None where there are no facts of ours."""
+    from engine.files import load_json
+
+    try:
+        facts = load_json(path) if path.is_file() else {}
+        source = facts.get("pipeline") or facts.get("source")
+    except (ValueError, AttributeError):
+        return None
+    return source if isinstance(source, str) else None
 
 
 def read_prompts(prompts, data_path=None):
@@ -152,7 +161,7 @@ def read_lines(path):
 
 
 def tell_settings(name, typed):
-    """Settings that typed flags tell, {setting: value}, and those that the model's folder tells.
+    """Settings that typed flags tell, {setting: value}, and those that the model's folder tells: autoencoder and size.
 
     typed: {setting: value} of the command line. What it tells is stronger than what is recorded with latents and
     weights, the folder is weaker. A transformer alone works without an autoencoder.
@@ -160,9 +169,19 @@ def tell_settings(name, typed):
     pipeline = typed.get("pipeline") or find_pipeline(name)
     folder = Path(os.path.abspath(locate(pipeline))) if pipeline else None
     has_vae = folder and (folder / "vae" / "config.json").is_file()
-    vae = {"vae": str(folder / "vae") if has_vae else "none"}
+    vae = {"vae": str(folder / "vae") if has_vae else "none", **tell_size(name, folder / "vae" if has_vae else None)}
     told = {"num_classes": len(read_prompts(typed["prompts"]))} if typed.get("prompts") else {}
     return (told | vae, {}) if typed.get("pipeline") else (told, vae)
+
+
+def tell_size(name, vae):
+    """The size of pictures that a network's config and its autoencoder tell, {"image_size": pixels} or {}."""
+    from engine.vae import read_autoencoder
+
+    size = find_model(name)["config"].get("sample_size")
+    if vae is None or type(size) is not int or size < 1:
+        return {}
+    return {"image_size": size * read_autoencoder(str(vae), DIFFUSERS.latents)[0]}
 
 
 def make_recorder(name, device, dtype):
@@ -207,11 +226,8 @@ def save(path, state, model, facts, export_pipeline=None):
 
     state: of the cut network. facts: `kept` among them, the layers of `model` that it has.
     """
-    from engine.files import write_json
-
     config = find_model(model)
-    network_module().save_network(path, config["class_name"], config["config"], state, facts["kept"])
-    write_json(f"{Path(path)}.json", facts)
+    write_network(path, config, state, facts["kept"], facts)
     if export_pipeline:
         copy_pipeline(locate_pipeline(find_pipeline(model)), export_pipeline, path)
 
@@ -221,7 +237,7 @@ def export(output, state, model, facts, with_pipeline):
 
     Returns lines of Python that open it. Raises ValueError if the pipeline is not known.
     """
-    from engine.files import load_json, write_json
+    from engine.files import load_json
 
     pipeline, config = find_pipeline(model), find_model(model)
     if with_pipeline and not pipeline:
@@ -231,9 +247,18 @@ def export(output, state, model, facts, with_pipeline):
     if with_pipeline:
         copy_pipeline(locate_pipeline(pipeline), output)
         class_name = load_json(Path(output) / "model_index.json")["_class_name"]
-    network_module().save_network(folder, config["class_name"], config["config"], state, range(depth))
-    write_json(f"{folder}.json", facts)
+    write_network(folder, config, state, range(depth), facts)
     return [f"from diffusers import {class_name}", f'{class_name}.from_pretrained("FOLDER")']
+
+
+def write_network(path, config, state, kept, facts):
+    """Write the layers `kept` of a network as a folder of diffusers, and facts about them beside it."""
+    from engine.files import write_errors, write_json
+
+    with write_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        network_module().save_network(path, config["class_name"], config["config"], state, kept)
+    write_json(f"{Path(path)}.json", facts)
 
 
 def check_export(target, model, inputs):
@@ -243,7 +268,12 @@ def check_export(target, model, inputs):
     flag, pipeline = "--export-pipeline", find_pipeline(model)
     if not pipeline:
         raise InputError(f"{flag} {target}: --model {model} belongs to no pipeline that is known; leave it out")
-    check_apart(flag, Path(target) / "config.json", {**inputs, "model": locate(pipeline)})
+    check_apart(flag, Path(target) / "config.json", {**inputs, "model": locate_pipeline(pipeline)})
+    if Path(target).absolute() in [
+        Path(inputs["save_model"]).absolute(),
+        *Path(inputs["save_model"]).absolute().parents,
+    ]:
+        raise InputError(f"{flag} {target}: has --save-model {inputs['save_model']} in it; name another folder")
     check_folder(flag, target)
     if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise InputError(f"{flag} {target}: is there and not an empty folder; name a new one")
@@ -254,8 +284,15 @@ def copy_pipeline(pipeline, target, transformer=None):
     from engine.files import write_errors
 
     with write_errors(target):
-        ignored = shutil.ignore_patterns("transformer", ".*")
-        shutil.copytree(pipeline, target, ignore=ignored, dirs_exist_ok=True)
+        root = os.path.abspath(pipeline)
+
+        def leave_out(folder, names):
+            """Hidden files; at the root the transformer, and files of whole weights that no pipeline reads."""
+            is_root = os.path.abspath(folder) == root
+            large = [name for name in names if name.endswith((".safetensors", ".bin", ".ckpt"))] if is_root else []
+            return [name for name in names if name[0] == "." or (is_root and name == "transformer")] + large
+
+        shutil.copytree(pipeline, target, ignore=leave_out, dirs_exist_ok=True)
         if transformer:
             shutil.copytree(transformer, Path(target) / "transformer", dirs_exist_ok=True)
 
@@ -287,6 +324,7 @@ DIFFUSERS = Family(
     save=save,
     export=export,
     check_export=check_export,
+    find_pipeline=find_pipeline,
     sample_hint={"prompts": "PROMPTS"},
     pruned_file="pruned",
     asks={"train": ("model", "data_path"), "sample": ("model", "data_path")},
@@ -317,5 +355,5 @@ DIFFUSERS = Family(
             ),
         ),
     },
-    defaults={"all": {"num_sampling_steps": 20, "cfg_scale": 3.5}},
+    defaults={"all": {"num_sampling_steps": 20, "cfg_scale": 3.5, "image_size": 1024}},
 )

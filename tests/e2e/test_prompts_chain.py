@@ -17,6 +17,7 @@ from disturbed import without_times
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample
 from diffusion.prompts import to_layout
 from engine.checkpoint import read_facts
 from engine.cli import run_script as run_as_script
@@ -615,7 +616,7 @@ def test_refused_folders(make_chain, tmp_path, run_script):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("mine")
     words = ["--ckpt", chain.pipeline, "--scheme", "bk-sdm", "--save-model"]
-    with pytest.raises(InputError, match=r"--save-model .*mine: is there, and not a network of diffusers alone"):
+    with pytest.raises(InputError, match=r"--save-model .*mine: that, or .* is there, and not written here"):
         run_script("prune_by_index", *words, tmp_path / "mine")
     before = {path: path.read_bytes() for path in chain.pipeline.rglob("*") if path.is_file()}
     for target in (chain.pipeline, chain.pipeline / "transformer"):
@@ -690,3 +691,27 @@ def test_pipeline_of_the_hub(make_chain, tmp_path, root):
     assert json.loads((made / "call.json").read_text())["pipeline"] == "hf://me/tiny"
     for path in expected.glob("*.npy"):
         assert np.array_equal(np.load(made / path.name), np.load(path)), path.name
+
+
+def test_new_folders_are_made_and_others_stay(make_chain, tmp_path, run_script, capsys):
+    """A nested folder is made, and written again; a network that was not written here, or a file of facts, stays."""
+    chain = make_chain("pixart")
+    words = ["--ckpt", chain.pipeline, "--scheme", "bk-sdm"]
+    for _ in range(2):
+        run_script("prune_by_index", *words, "--save-model", tmp_path / "new" / "sub" / "cut")
+    told = read_facts(tmp_path / "new" / "sub" / "cut")
+    assert told["pipeline"] == str(chain.pipeline)
+    assert told["image_size"] == chain.size
+    mine = shutil.copytree(chain.pipeline / "transformer", tmp_path / "mine")
+    (tmp_path / "other.json").write_text('{"mine": 1}')
+    for target in (mine, tmp_path / "other"):
+        assert "not written here" in refuse(capsys, "prune_by_index", [*words, "--save-model", target])
+    assert (tmp_path / "other.json").read_text() == '{"mine": 1}'
+
+
+def test_size_of_pictures_is_known(make_chain):
+    """By the network's config and its autoencoder, where nothing else tells it."""
+    chain = make_chain("pixart")
+    settings = sample.parse_args(["--model", str(chain.pipeline), "--prompts", "a cat"])
+    assert settings.image_size == chain.size
+    assert settings.vae == str(chain.pipeline / "vae")

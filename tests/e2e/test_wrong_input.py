@@ -203,7 +203,8 @@ ONLY = {  # cases that not all families know
     "steps": ["DiT", "MAR"],
     "preview steps": ["DiT", "MAR"],
 }
-ALL = [(name, case) for name in FAMILIES for case in CASES if name in ONLY.get(case, FAMILIES)]
+NAMED = [name for name, family in FAMILIES.items() if family.models]
+ALL = [(name, case) for name in NAMED for case in CASES if name in ONLY.get(case, FAMILIES)]
 OTHER_WORDS = {"MAR": {"of width 384": "of width 768", "keeps 3 of 12": "crosses from layer 5 to 6"}}
 
 

@@ -124,7 +124,7 @@ def replace_inputs(z, epochs, patch):
     latents = RecordedLatents(steps // epochs * batch, z.meta["config"])
     patch.setattr(engine.start, "open_latents", lambda folder, space: latents)
     patch.setattr(engine.data.TrainingData, "batches", lambda *details, **options: zip(z["x"], z["y"], strict=True))
-    patch.setattr(engine.networks.NetworkStart, "build", lambda start, device: prepare(z, build(start, device)))
+    patch.setattr(engine.networks.NetworkStart, "build", lambda start, *how: prepare(z, build(start, *how)))
     patch.setattr(pruning.lora, "weight_update", update)
     patch.setattr(engine.trainer, "Trainer", Recorder)
     patch.setattr(diffusion.objectives, "GaussianObjective", objective)

@@ -26,7 +26,7 @@ ALLOWED = {  # part -> modules it may import besides the standard library
     "families": {"torch", "diffusion", "families"},
     "families/of_diffusers.py": {
         *("diffusion", "families", "pruning.surgery"),
-        *("engine.errors", "engine.files", "engine.hub"),
+        *("engine.errors", "engine.files", "engine.hub", "engine.vae"),
     },
     "families/diffusers_stacks.py": {"torch", "diffusers", "families", "pruning.surgery"},
     "families/dit_diffusers.py": {"torch", "numpy", "scipy", "families", "models"},
