@@ -20,9 +20,10 @@ from families import FAMILIES, short_name
 # Settings that may change when the same command resumes a run: they do not change its numbers.
 FREE = {"device", "num_workers", "log_every", "ckpt_every", "resume", "save_model", "compile", "grad_checkpointing"}
 FREE |= {"dry_run", "shard", "dense", "keep_checkpoints", "keep_every", "init", "finalists", "log_to", "profile"}
-FREE |= {"eval_every", "sample_every", "cfg_scale", "num_sampling_steps"}  # and those of families for sampling
+FREE |= {"eval_every", "sample_every", "cfg_scale", "num_sampling_steps"}  # and those of families for what is written
 for family in FAMILIES.values():  # some of a SiT's flags say what is trained, too
-    FREE |= {flag.dest for flag in family.own_flags(["sample"])} - {flag.dest for flag in family.own_flags(["train"])}
+    trained, written = ({flag.dest for flag in family.own_flags(kinds)} for kinds in (["train"], ["sample", "prune"]))
+    FREE |= written - trained
 
 
 class RunFolder:
