@@ -230,7 +230,7 @@ class PrunableNetwork:
             return super().forward(*inputs, **options)
         if kept is None and mask is None and hasattr(self, "gumbel_gates"):
             mask, kept = choose_layers(self, len(next(iter((*inputs, *options.values())))))
-        stacks = [module for module in self.children() if isinstance(module, RoutedBlocks)]
+        stacks = self.routed_stacks()
         is_sparse = mask is not None and self.prepared and not stacks[0].dense
         routes = Routes(mask, stacks[0].gate_samples) if is_sparse else None
         for stack in stacks:
@@ -241,9 +241,13 @@ class PrunableNetwork:
             for stack in stacks:
                 stack.passing = None
 
+    def routed_stacks(self):
+        """Its RoutedBlocks, in forward order."""
+        return [getattr(self, stack.name) for stack in self.stacks]
+
     def blocks_to_compile(self):
         """Modules that torch.compile takes one by one."""
-        return [block for stack in self.children() if isinstance(stack, RoutedBlocks) for block in stack]
+        return [block for stack in self.routed_stacks() for block in stack]
 
     def prepare(self, make_inputs):
         """Compare this very network with the plain and the cut one; once, before layers are left out of it.
@@ -307,24 +311,19 @@ def make_class(plain):
     return type(plain.__name__, (PrunableNetwork, plain), {"__module__": plain.__module__})
 
 
-def build_cut(class_name, config, stacks, state, kept):
-    """Diffusers' plain network with only the layers `kept` of a whole network's state dict, whose tensors it shares.
+def build_cut(class_name, config, state, kept):
+    """Diffusers' plain network with only the layers `kept`; config: of the whole one.
 
-    Raises ValueError if they do not fit.
+    state: of the cut one, all of whose weights have to be there; it shares their tensors. Raises ValueError if they do
+    not fit.
     """
-    names = tuple(stack.name for stack in stacks)
     with parameters_on_meta():
-        net = build_class(class_name, cut_config(config, stacks, kept))
-    return fill(net, keep_layers(state, kept, names)).eval()
-
-
-def fill(net, state):
-    """Give a network without memory these weights, all of its own. Raises ValueError if they do not fit."""
+        net = build_class(class_name, cut_config(config, find_stacks(class_name, config), kept))
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights do not make a {type(net).__name__} ({str(error)[:300]})") from None
-    return net
+        raise ValueError(f"the weights do not make a {class_name} ({str(error)[:300]})") from None
+    return net.eval()
 
 
 def first_output(net, inputs, **options):
@@ -353,9 +352,10 @@ def check_network(net, make_inputs):
     is_split = any(hasattr(p, "full_tensor") for p in net.parameters())
     if is_split and net.class_name not in COMPARED:
         raise ValueError("no cut one was compared yet, and it cannot be with --shard; begin without")
+    state, names = plain_state(net), tuple(stack.name for stack in net.stacks)
     for start in () if is_split else (0, 1):
         kept = sorted({*range(start, depth, 2), *fixed_layers(net.stacks)})
-        cut = build_cut(net.class_name, net.plain_config, net.stacks, plain_state(net), kept).to(plain.device)
+        cut = build_cut(net.class_name, net.plain_config, keep_layers(state, kept, names), kept).to(plain.device)
         mask = plain.new_zeros(2, depth).index_fill(1, torch.tensor(kept, device=plain.device), 1.0)
         expect_equal(first_output(net, inputs, mask=mask), first_output(cut, inputs), f"with layers {kept} alone")
 
@@ -384,10 +384,7 @@ def save_network(path, class_name, config, state, kept):
     is_cut = len(kept) < sum(stack.depth for stack in find_stacks(class_name, config))
     if is_cut and class_name not in COMPARED:
         raise ValueError(f"no cut {class_name} was compared yet; prune_by_score.py does it with --data-path")
-    with parameters_on_meta():
-        net = build_class(class_name, cut_config(config, find_stacks(class_name, config), kept))
-    fill(net, state)
-    path = Path(path)
+    net, path = build_cut(class_name, config, state, kept), Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         net.save_pretrained(Path(folder) / path.name)
         if path.is_dir():

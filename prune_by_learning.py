@@ -189,6 +189,16 @@ def make_step(net, teacher, settings):
     return DistillStep(net, teacher, objective, (), share, beta=0.0) if share else TrainStep(net, objective)
 
 
+def describe_decision(averaged, state):
+    """(lines, metrics) of the log: what averaged gates choose now, and how likely every layer is to stay."""
+    from pruning.gates import decide, keep_probabilities
+
+    kept, confidence = decide(averaged)
+    lines = [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"]
+    told = {"kept": kept, "confidence": confidence, "keep_probability": keep_probabilities(averaged)}
+    return lines, {**told, **state}
+
+
 def main(settings):
     from engine.distributed import on_main
     from engine.endings import say_recovery
@@ -197,7 +207,7 @@ def main(settings):
     from engine.pruned import check_start, save_pruned
     from engine.start import make_run, make_watch, open_data, start_training
     from engine.trainer import Trainer, TrainingOptions
-    from pruning.gates import GateSchedule, decide, keep_probabilities, likeliest, set_routing
+    from pruning.gates import GateSchedule, decide, likeliest, set_routing
     from pruning.lora import learned_weights
     from pruning.patterns import format_pattern
     from pruning.surgery import cut_layers
@@ -231,15 +241,7 @@ def main(settings):
     schedule = settings.make(GateSchedule, total_steps=data.total_steps)
 
     def report(k):
-        kept, confidence = decide(averaged)
-        lines = [f"Decision: {kept}", f"Confidence: {[round(c, 4) for c in confidence]}"]
-        state = {"tau": gates.tau, "scaling": gates.scaling} if k else {}
-        return lines, {
-            "kept": kept,
-            "confidence": confidence,
-            "keep_probability": keep_probabilities(averaged),
-            **state,
-        }
+        return describe_decision(averaged, {"tau": gates.tau, "scaling": gates.scaling} if k else {})
 
     trainer.fit(data, folder, lambda k: schedule.apply(k, gates, averaged), report, watch)
     schedule.apply(data.total_steps - 1, gates, averaged)  # for the scaling, in case a finished run was only reopened

@@ -104,9 +104,8 @@ def open_pipeline(folder, transformer, dtype=torch.float32):
     import diffusers
 
     index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
-    kind = getattr(
-        diffusers, index["_class_name"]
-    )  # which may leave its transformer out, where DiffusionPipeline loads it
+    # The class itself may leave its transformer out, where DiffusionPipeline loads it.
+    kind = getattr(diffusers, index["_class_name"])
     return kind.from_pretrained(folder, transformer=transformer, torch_dtype=dtype, low_cpu_mem_usage=False)
 
 

@@ -170,22 +170,20 @@ class PromptObjective(nn.Module):
         self.steps = config.get("num_train_timesteps", 1000)
         self.is_flow = is_flow(config, config["_class_name"])
         self.kind = "flow" if self.is_flow else config.get("prediction_type", "epsilon")
-        self.shift = shift
-        if self.is_flow and not shift:
-            find_shift(config, call.mu)  # to say at the start what is missing
         if self.kind not in ("flow", "epsilon", "v_prediction", "sample"):
             raise ValueError(f"the scheduler has the prediction {self.kind}; expected epsilon, v_prediction or sample")
-        if not self.is_flow:
+        if self.is_flow:
+            self.shift = shift or find_shift(config, call.mu)
+        else:
             self.register_buffer("alphas", read_alphas(config), persistent=False)
 
     def draw(self, net, x, y):
         """Draw times, noise and, in training mode, which prompts are dropped, in this order."""
         n, device = len(x), x.device
         if self.is_flow:
-            u = torch.randn(n, device=device).sigmoid() if self.time_sampling == "logit-normal" else None
-            u = torch.rand(n, device=device) if u is None else u
-            shift = self.shift or find_shift(self.call.scheduler, self.call.mu)
-            spread = shift * u / (1 + (shift - 1) * u)
+            is_uniform = self.time_sampling == "uniform"
+            u = torch.rand(n, device=device) if is_uniform else torch.randn(n, device=device).sigmoid()
+            spread = self.shift * u / (1 + (self.shift - 1) * u)
             t, signal = spread * self.steps, 1 - spread
         else:
             t = torch.randint(0, self.steps, (n,), device=device)

@@ -14,6 +14,7 @@ from engine.files import digest_file, download, read_json, write_atomically, wri
 from engine.run import DTYPES, find_matrices
 from engine.weight_files import GATES, check_intact, open_weights, read_file, write_safetensors, wrong_numbers
 from families import RELEASES, SHAPE_ARGUMENTS, describe_shapes, family_of, model_config, sketch_model
+from families.names import is_hub_name
 
 
 class Weights:
@@ -33,7 +34,7 @@ class Weights:
             self.facts, self.opened = dict(self.release.settings), None
             return
         with flag_errors(flag, name):
-            self.local = hub.fetch(self.name) if hub.is_hub_name(self.name) else self.name
+            self.local = hub.fetch(self.name) if is_hub_name(self.name) else self.name
         self.opened = self._open(self.local)
         self.facts = read_facts(self.local, flag) or self.opened.facts or {}
         if self.opened.model:

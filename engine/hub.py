@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine.errors import one_line
 from engine.files import load_json
+from families.names import HUB
 
-PREFIX = "hf://"
 # Of a network in a folder of diffusers, the first that is there; an index names the parts of large weights.
 WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -18,13 +18,9 @@ WEIGHT_FILES = (
 )
 
 
-def is_hub_name(name):
-    return str(name).startswith(PREFIX)
-
-
 def parse_name(name):
     """(repository, revision, file) of a name, None for what it does not say. Raises ValueError for another name."""
-    parts = name.removeprefix(PREFIX).split("/", 2)
+    parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise ValueError("expected hf://OWNER/NAME, or hf://OWNER/NAME/FILE")
     title, _, revision = parts[1].partition("@")

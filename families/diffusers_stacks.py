@@ -1,6 +1,6 @@
 """What a class of diffusers' transformers says of its stacks of blocks, and its config for fewer of them.
 
-No class is named here: depths are found by making the network with one layer more, without memory.
+No class is named here: depths are found by making the network with a layer less and more, without memory.
 """
 
 import copy
@@ -41,7 +41,8 @@ def find_stacks(class_name, config):
 
 @lru_cache(maxsize=32)
 def _find_stacks(class_name, text):
-    config, _ = json.loads(text), find_class(class_name)
+    config = json.loads(text)
+    find_class(class_name)  # says by itself what is wrong
     try:
         net = sketch(class_name, config)
     except Exception as error:  # it may be any: of the class
@@ -54,10 +55,9 @@ def _find_stacks(class_name, text):
         for name in changed if len(changed) > 1 else ():
             shared[name] = f"{' and '.join(changed)} have one depth, {field}"
     reasons = {name: shared.get(name, "no number of its config says how deep it is") for name in depths}
-    stacks = []
+    stacks, whole = [], {key: tuple(value.shape) for key, value in net.state_dict().items()}
     for name in (name for name in depths if name in found):  # modules are listed in the order of their making
         stack = Stack(name, depths[name], found[name], has_lists=not stacks)
-        whole = {key: tuple(value.shape) for key, value in net.state_dict().items()}
         try:
             stacks.append(check_stack(class_name, config, whole, stack))
         except ValueError as error:
@@ -82,7 +82,7 @@ def list_depths(net):
 def find_changed(class_name, config, field, depths):
     """Names of the ModuleLists that a number of the config says the depth of: they follow it down, or up.
 
-    A number that is 1 can go up alone. None, if the class does not take a smaller number.
+    A number that is 1 can go up alone. An empty list if the class does not take a smaller number.
     """
     changed = set()
     for step in (-1, 1) if config[field] > 1 else (1,):

@@ -56,6 +56,11 @@ def switch(name, help, **options):
     return Flag(name, help, default=False, switch=True, **options)
 
 
+def own(name, help, default, **options):
+    """A flag that not all families have."""
+    return Flag(name, help, default, group=FAMILY, **options)
+
+
 def path_flag(name, help, default=None, metavar="FILE", group=NEEDED, **options):
     """A flag that names a file or, with another metavar, a folder."""
     return Flag(name, help, default, type=path_text, metavar=metavar, group=group, **options)

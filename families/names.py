@@ -6,7 +6,13 @@ layers, DiT-T-D6/2 is DiT-T/2 with 6, MAR-D6+10 has stacks of 6 and 10.
 
 import re
 
+HUB = "hf://"  # begins the name of a folder or file on the Hugging Face Hub
 DEPTH = "[1-9][0-9]{0,3}"  # layers of a stack: a name may come from a file, and no file may ask for millions
+
+
+def is_hub_name(name):
+    """Whether a name is one on the Hub."""
+    return str(name).startswith(HUB)
 
 
 def read_name(family, name):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from families.dit import DIT
 from families.family import Family, Latents
-from families.flags import FAMILY, Flag, above_zero, amount, path_flag, share
+from families.flags import FAMILY, above_zero, amount, own, path_flag, share
+from families.names import is_hub_name
 
-HUB = "hf://"
 NETWORK = "models_diffusers"  # module of the networks; imported when it is needed, as torch comes with it
 TOKENS = ("img_ids", "img_shapes")  # arguments of networks that take latents as tokens of 2 x 2, made by the pipeline
 
@@ -27,7 +27,7 @@ def find_folder(name):
 
 def is_place(name):
     """Whether a model's name is a folder of diffusers, or one on the Hub."""
-    return name.startswith(HUB) or (len(name) < 4000 and find_folder(name) is not None)
+    return is_hub_name(name) or (len(name) < 4000 and find_folder(name) is not None)
 
 
 @lru_cache
@@ -35,7 +35,7 @@ def locate(name):
     """Where the folder called `name` is on this machine; one of the Hub is fetched."""
     from engine.hub import fetch
 
-    return fetch(name) if name.startswith(HUB) else name
+    return fetch(name) if is_hub_name(name) else name
 
 
 @lru_cache
@@ -43,7 +43,7 @@ def locate_pipeline(name):
     """The same of a whole pipeline, with its text encoders, which are needed for prompts alone."""
     from engine.hub import fetch_pipeline
 
-    return fetch_pipeline(name) if name.startswith(HUB) else name
+    return fetch_pipeline(name) if is_hub_name(name) else name
 
 
 def find_model(name):
@@ -117,7 +117,7 @@ def find_pipeline(name):
     seen = set()
     while name and name not in seen:
         seen.add(name)
-        if name.startswith(HUB) or (Path(name) / "model_index.json").is_file():
+        if is_hub_name(name) or (Path(name) / "model_index.json").is_file():
             return name
         name = read_source(Path(f"{Path(name)}.json"))
     return None
@@ -295,10 +295,6 @@ def copy_pipeline(pipeline, target, transformer=None):
         shutil.copytree(pipeline, target, ignore=leave_out, dirs_exist_ok=True)
         if transformer:
             shutil.copytree(transformer, Path(target) / "transformer", dirs_exist_ok=True)
-
-
-def own(name, help, default, **options):
-    return Flag(name, help, default, group=FAMILY, **options)
 
 
 DIFFUSERS = Family(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from families.dit import CFG_CHANNELS, DIT, SD_VAE, name_sizes, read_shapes, stacks, with_stacks
 from families.family import Family
-from families.flags import FAMILY, Flag, amount, expect, number, path_text, share, switch
+from families.flags import FAMILY, amount, expect, number, own, path_text, share, switch
 
 PATHS = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise")
@@ -43,11 +43,6 @@ def make_sampler(num_sampling_steps, cfg_scale, *, mode, sampling_method, **opti
 def sampler_label(num_sampling_steps, *, mode, sampling_method, **_):
     """Word for the names of samples."""
     return f"{mode}-{sampling_method or 'default'}-{num_sampling_steps}"
-
-
-def own(name, help, default, **options):
-    """A flag that SiT alone has."""
-    return Flag(name, help, default, group=FAMILY, **options)
 
 
 PATH_FLAGS = (

@@ -47,9 +47,8 @@ class Routes:
         kept, skipped = self.rows[layer]
         before, after = _run_rows(call, kept, streams, together, plain=False)
         idle = []
-        if (
-            after is None
-        ):  # the parameters still get gradients (of zero), which DDP and the optimizer's averages wait for
+        if after is None:
+            # The parameters still get gradients (of zero), which DDP and the optimizer's averages wait for.
             after, idle = before, [p for p in block.parameters() if p.requires_grad]
         deltas = rests = [None] * len(streams)
         if self.mask.requires_grad:

@@ -13,6 +13,17 @@ OWN_TIME = ("images_per_second", "memory_gb")
 SCRIPTS = ("train", "prune_by_learning", "train_masked_kd")
 
 
+def same(a, b):
+    """Whether two states hold the same values, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def training_words(name, teacher, latents, results):
     data = ["--data-path", latents, "--results-dir", results, *TRAIN]
     words = {

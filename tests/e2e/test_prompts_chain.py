@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from disturbed import without_times
+from disturbed import same, without_times
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -374,17 +374,6 @@ def test_resume(make_chain, tmp_path, run_script, script, name):
     for part in ("model", "ema", "opt", "train_steps"):
         assert same(again[part], whole[part]), part
     assert not same(read_last(folder, 2)["model"], whole["model"])
-
-
-def same(a, b):
-    """Whether two states hold the same values, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def compare_states(found, expected, limit):

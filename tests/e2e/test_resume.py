@@ -4,25 +4,13 @@ import json
 import shutil
 
 import pytest
-import torch
-from disturbed import without_times
+from disturbed import same, without_times
 
 from engine.checkpoint import read_facts
 from engine.errors import InputError
 from engine.weight_files import read_file
 
 TRAIN = ["--epochs", "2", "--global-batch-size", "16", "--num-workers", "0", "--log-every", "1", "--ckpt-every", "3"]
-
-
-def same(a, b):
-    """Whether two states hold the same values, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def command(name, family, latents, results):
